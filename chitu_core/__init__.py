@@ -1,0 +1,1 @@
+"""Tensors, processes and configuration; nothing here knows diffusion."""

@@ -1,0 +1,246 @@
+"""The whole configuration as frozen dataclasses, and `load`, the one door through which a configuration comes in.
+
+Hydra composes plain YAML; `load` merges it into this schema, checks every value and returns plain objects, so that no
+`DictConfig` is seen behind this line. Defaults live in the YAML files alone: a field here has a meaning, not a value.
+"""
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+SCHEDULE_POLICIES = ("fifo", "priority", "round_robin")
+HYDRA_DUMP_MODES = ("video_dir", "same_as_video", "relocate", "off", "disable", "none", "default")
+
+
+def _doc(text: str) -> Any:
+    """A required field whose meaning goes into docs/configuration.md."""
+    return field(metadata={"doc": text})
+
+
+def _require(holds: bool, key: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise ValueError(f"{key}={value}: {remedy}")
+
+
+def _only(key: str, value: object, allowed: object) -> None:
+    """Refuse a documented key whose feature this version does not have; nothing is ignored in silence."""
+    _require(value == allowed, key, value, f"not available in this version; leave {key}={allowed}")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    t5_checkpoint: str = _doc("T5 weights inside an official checkpoint directory")
+    t5_tokenizer: str = _doc("tokenizer folder inside an official checkpoint directory")
+    text_len: int = _doc("rows of text that the transformer sees; longer prompts are cut with a warning")
+    default_negative_prompt: str = _doc("used when a request gives no negative prompt; an empty string stays empty")
+    vocab_size: int = _doc("size, for debug.skip_model_load alone")
+    dim: int = _doc("size, for debug.skip_model_load alone")
+    attention_dim: int = _doc("size, for debug.skip_model_load alone")
+    num_heads: int = _doc("size, for debug.skip_model_load alone")
+    ffn_dim: int = _doc("size, for debug.skip_model_load alone")
+    num_layers: int = _doc("size, for debug.skip_model_load alone")
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    checkpoint: str = _doc("VAE weights inside an official checkpoint directory")
+    base_dim: int = _doc("size, for debug.skip_model_load alone")
+    z_dim: int = _doc("size, for debug.skip_model_load alone")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    dim: int = _doc("size, for debug.skip_model_load alone")
+    ffn_dim: int = _doc("size, for debug.skip_model_load alone")
+    num_heads: int = _doc("size, for debug.skip_model_load alone")
+    num_layers: int = _doc("size, for debug.skip_model_load alone")
+    freq_dim: int = _doc("size, for debug.skip_model_load alone")
+    text_dim: int = _doc("size, for debug.skip_model_load alone")
+    in_dim: int = _doc("size, for debug.skip_model_load alone")
+    out_dim: int = _doc("size, for debug.skip_model_load alone")
+    patch_size: tuple[int, int, int] = _doc("(frames, rows, columns) of the latent in one token")
+    eps: float = _doc("epsilon of the layer norms, for debug.skip_model_load alone")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    sample_steps: int = _doc("denoising steps when a request names none")
+    sample_shift: float = _doc("flow shift of the sigma grid; larger spends more steps at high noise")
+    guidance_scale: tuple[float, ...] = _doc("guidance when a request names none: one value, or (low noise, high noise)")
+    boundary: tuple[float, ...] = _doc("noise level, in (0, 1), from which the high-noise expert runs; empty for one expert")
+    num_train_timesteps: int = _doc("timesteps of training")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance_scale", tuple(self.guidance_scale))
+        object.__setattr__(self, "boundary", tuple(self.boundary))
+        key = "models.sampler"
+        _require(self.sample_steps >= 1, f"{key}.sample_steps", self.sample_steps, "must be at least 1")
+        shift_is_legal = math.isfinite(self.sample_shift) and self.sample_shift > 0
+        _require(shift_is_legal, f"{key}.sample_shift", self.sample_shift, "must be a number above 0")
+        finite = all(math.isfinite(scale) for scale in self.guidance_scale)
+        _require(finite, f"{key}.guidance_scale", self.guidance_scale, "must be finite numbers")
+        _require(len(self.boundary) <= 1, f"{key}.boundary", self.boundary, "one or two experts are supported")
+        _require(all(0 < b < 1 for b in self.boundary), f"{key}.boundary", self.boundary, "must lie between 0 and 1")
+        _require(
+            len(self.guidance_scale) == len(self.boundary) + 1,
+            f"{key}.guidance_scale",
+            self.guidance_scale,
+            f"needs {len(self.boundary) + 1} value(s), one more than models.sampler.boundary has",
+        )
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    height: int = _doc("pixels, when a request names none")
+    width: int = _doc("pixels, when a request names none")
+    num_frames: int = _doc("frames, 4n + 1, when a request names none")
+    fps: int = _doc("frames per second that the model was trained at")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = _doc("the model's name in logs and results")
+    type: str = _doc("the family of the code that runs it")
+    source: str = _doc("where the checkpoint can be had; shown in messages")
+    ckpt_dir: str | None = _doc("checkpoint directory (official or Diffusers layout) or a Hugging Face repo id")
+    packaged_dir: str | None = _doc("folder of this package that a null ckpt_dir means; null where none ships")
+    task: str = _doc("t2v: text to video")
+    low_noise_checkpoint: str | None = _doc("folder of the low-noise expert in an official directory; null for one expert")
+    high_noise_checkpoint: str | None = _doc("folder of the high-noise expert in an official directory; null for one expert")
+    encoder: EncoderConfig = _doc("text encoder")
+    vae: VaeConfig = _doc("video autoencoder")
+    transformer: TransformerConfig = _doc("diffusion transformer")
+    sampler: SamplerConfig = _doc("sampler defaults")
+    video: VideoConfig = _doc("request defaults")
+
+    def __post_init__(self) -> None:
+        _require(self.type == "diffusion-wan", "models.type", self.type, "known: diffusion-wan")
+        _require(self.task == "t2v", "models.task", self.task, "only text to video (t2v) is supported")
+        _require(self.ckpt_dir != "", "models.ckpt_dir", "''", f"name a directory or a repo id; source: {self.source}")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    cfg_size: int | str = _doc("guidance branches in parallel: auto or 1 in this version")
+    cp_size: int | str = _doc("context-parallel degree: auto or 1 in this version")
+    up_limit: int = _doc("largest Ulysses degree inside context parallelism")
+    low_mem_level: int = _doc("0 keeps every model on the device; other levels are not in this version")
+    enable_flexcache: bool = _doc("let requests reuse features across steps; not in this version")
+
+    def __post_init__(self) -> None:
+        for name, value in (("cfg_size", self.cfg_size), ("cp_size", self.cp_size)):
+            key = f"infer.diffusion.{name}"
+            _require(value in ("auto", 1, "1"), key, value, f"this version runs on one device; use {key}=auto")
+        _require(self.up_limit >= 1, "infer.diffusion.up_limit", self.up_limit, "must be at least 1")
+        _only("infer.diffusion.low_mem_level", self.low_mem_level, 0)
+        _only("infer.diffusion.enable_flexcache", self.enable_flexcache, False)
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    attn_type: str = _doc("self-attention backend: auto (fastest exact one) or a name that `chitu doctor` lists")
+    dtype: str = _doc("of matrix products: auto (float32 on CPU, bfloat16 on CUDA), bfloat16, float16, float32")
+    op_impl: str = _doc("torch: the first CUDA device where there is one; cpu: never a GPU")
+    seed: int = _doc("of the random weights under debug.skip_model_load; a request has its own seed")
+    max_reqs: int = _doc("tasks that may hold denoising state at once")
+    schedule_policy: str = _doc("which task runs next: fifo, priority, round_robin (by role)")
+    dp_size: int = _doc("data-parallel replicas: 1 in this version")
+    diffusion: DiffusionConfig = _doc("parallelism, memory and caching")
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, "infer.dtype", self.dtype, f"choose one of {', '.join(DTYPES)}")
+        _require(self.op_impl in ("torch", "cpu"), "infer.op_impl", self.op_impl, "choose torch or cpu")
+        _require(self.max_reqs >= 1, "infer.max_reqs", self.max_reqs, "must be at least 1")
+        policies = ", ".join(SCHEDULE_POLICIES)
+        known = self.schedule_policy in SCHEDULE_POLICIES
+        _require(known, "infer.schedule_policy", self.schedule_policy, f"choose one of {policies}")
+        _only("infer.dp_size", self.dp_size, 1)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    eval_type: tuple[str, ...] = _doc("metrics to compute after a run; none in this version")
+    reference_path: str | None = _doc("directory of reference videos; unused in this version, so it must stay null")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eval_type", tuple(self.eval_type))
+        _only("eval.eval_type", list(self.eval_type), [])
+        _only("eval.reference_path", self.reference_path, None)
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    root_dir: str = _doc("where run directories are made")
+    enable_run_log: bool = _doc("write run.log into the run directory")
+    enable_timer_dump: bool = _doc("write time_stats.csv into the run directory and log [PERF] lines")
+    hydra_dump_mode: str = _doc("video_dir moves Hydra's .hydra into the run directory, off removes it, default leaves it")
+
+    def __post_init__(self) -> None:
+        _require(bool(self.root_dir.strip()), "output.root_dir", repr(self.root_dir), "name a directory")
+        known = self.hydra_dump_mode in HYDRA_DUMP_MODES
+        modes = ", ".join(HYDRA_DUMP_MODES)
+        _require(known, "output.hydra_dump_mode", self.hydra_dump_mode, f"choose one of {modes}")
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    skip_model_load: bool = _doc("random weights at the sizes of the model YAML in place of a checkpoint")
+
+
+@dataclass(frozen=True)
+class Config:
+    models: ModelConfig = _doc("the model: fixed by its weights")
+    infer: InferConfig = _doc("the engine: fixed at launch")
+    eval: EvalConfig = _doc("evaluation")
+    output: OutputConfig = _doc("files")
+    debug: DebugConfig = _doc("debugging")
+    float_16bit_variant: str | None = _doc("older name of infer.dtype; null follows infer.dtype")
+    quant: str | None = _doc("quantisation of the transformer; none in this version")
+
+    def __post_init__(self) -> None:
+        _only("quant", self.quant, None)
+        models = self.models
+        has_weights = models.ckpt_dir or models.packaged_dir or self.debug.skip_model_load
+        remedy = f"{models.name} needs a checkpoint; add models.ckpt_dir=DIRECTORY (source: {models.source})"
+        _require(bool(has_weights), "models.ckpt_dir", models.ckpt_dir, remedy)
+        alias, dtype = self.float_16bit_variant, self.infer.dtype
+        _require(alias in (None, *DTYPES), "float_16bit_variant", alias, f"choose one of {', '.join(DTYPES)}")
+        agrees = alias is None or dtype in ("auto", alias)
+        _require(agrees, "float_16bit_variant", alias, f"contradicts infer.dtype={dtype}; give infer.dtype alone")
+
+    @property
+    def dtype(self) -> str:
+        """`infer.dtype`, or its alias where only that was given."""
+        return self.infer.dtype if self.infer.dtype != "auto" else self.float_16bit_variant or "auto"
+
+
+def _schema(record: type) -> DictConfig:
+    """The schema node of a dataclass; frozen ones come out read-only, nested ones too, and a merge must write."""
+    node = OmegaConf.structured(record)
+    OmegaConf.set_readonly(node, False)
+    for part in fields(record):
+        if isinstance(part.type, type) and is_dataclass(part.type):
+            node[part.name] = _schema(part.type)
+    assert isinstance(node, DictConfig)
+    return node
+
+
+def load(args: Any) -> Config:
+    """Check a composed configuration (DictConfig or nested dict) and return it as frozen dataclasses.
+
+    Raises ValueError naming key and value for an unknown key, a wrong type, a missing or an illegal value.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(Config), args))
+    except OmegaConfBaseException as error:
+        key = error.full_key or "configuration"
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    return config
