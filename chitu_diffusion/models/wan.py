@@ -1,0 +1,260 @@
+"""The Wan 2.1 and 2.2 text-to-video transformer. Parameter names are those of the released checkpoints.
+
+Number formats follow the reference: matrix products in the weights' dtype; residual stream, norms, modulation, time
+embedding and head in float32, with the casts written where they happen. It knows no device, no rank and no cache:
+attention is a value (`self_attn.attention`), `shard=` and `around=` come with the call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chitu_core.attention._base import Attention
+from chitu_core.attention.torch_sdpa import Backend
+from chitu_diffusion.models._layers import LayerNorm, RMSNorm, modulated_norm, rope_tables, rotate, time_sinusoid
+from chitu_diffusion.seam import Around, Run, bind, inline
+from chitu_diffusion.sequence import NO_SHARD, SequenceShard
+
+FLOAT32_PARTS = frozenset({"modulation", "norm3", "norm_q", "norm_k", "time_embedding", "time_projection", "head"})
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of one transformer, as its checkpoint states them."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    freq_dim: int
+    text_dim: int
+    text_len: int
+    in_dim: int
+    out_dim: int
+    patch_size: tuple[int, int, int]
+    eps: float
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """Keys and values of the text for every block's cross-attention: [B, text_len, H, D] each."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class LayerCondition:
+    """What one block is conditioned on; tensors only, so that one compiled graph serves all blocks."""
+
+    modulation: Tensor  # [6, d] fp32, of the time
+    rope: tuple[Tensor, Tensor]  # [S, 1, D / 2] fp32
+    text: tuple[Tensor, Tensor]  # [B, text_len, H, D]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the whole transformer is conditioned on during one forward pass."""
+
+    time: Tensor  # [d] fp32
+    modulation: Tensor  # [6, d] fp32
+    rope: tuple[Tensor, Tensor]
+    text: TextCache
+
+    def split(self, shard: SequenceShard) -> "Condition":
+        """The same for the tokens of one rank."""
+        cos, sin = self.rope
+        return replace(self, rope=(shard.split(cos, dim=0), shard.split(sin, dim=0)))
+
+    def at(self, layer: int) -> LayerCondition:
+        """The part that block `layer` sees."""
+        return LayerCondition(self.modulation, self.rope, self.text.layers[layer])
+
+
+class SelfAttention(nn.Module):
+    """Full attention over all tokens, with QK norm over the whole width and rotary positions."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+        self.attention: Attention = Backend()
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], run: Run = inline) -> Tensor:
+        """x [B, S, d] in the weights' dtype to the same."""
+        heads = (self.num_heads, -1)
+        v = self.v(x).unflatten(-1, heads)  # [B, S, H, D]
+        q = rotate(self.norm_q(self.q(x)).unflatten(-1, heads), rope).to(v.dtype)
+        k = rotate(self.norm_k(self.k(x)).unflatten(-1, heads), rope).to(v.dtype)
+        out = run("attention", lambda qkv: self.attention(*qkv), (q, k, v))
+        return self.o(out.flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from the tokens to the text; its keys and values depend on the text alone."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+        self.attention: Attention = Backend()
+
+    def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected text [B, text_len, d] to keys and values [B, text_len, H, D]."""
+        heads = (self.num_heads, -1)
+        v = self.v(text).unflatten(-1, heads)
+        k = self.norm_k(self.k(text)).to(v.dtype).unflatten(-1, heads)
+        return k, v
+
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, S, d] in the weights' dtype to the same."""
+        q = self.norm_q(self.q(x)).to(x.dtype).unflatten(-1, (self.num_heads, -1))
+        return self.o(self.attention(q, *text).flatten(-2))
+
+
+class WanBlock(nn.Module):
+    """Self-attention and feed-forward, gated and modulated by the time, around cross-attention to the text."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+        self.self_attn = SelfAttention(config)
+        self.norm3 = LayerNorm(config.dim, config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+
+    def forward(self, x: Tensor, cond: LayerCondition, run: Run = inline) -> Tensor:
+        """x [B, S, d] fp32 to the same: three sub-layers, each reusable before its gate."""
+        dtype = self.self_attn.q.weight.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation[0] + cond.modulation  # [d] fp32 each
+
+        def self_attn(x: Tensor) -> Tensor:
+            return self.self_attn(modulated_norm(x, shift1, scale1, self.eps).to(dtype), cond.rope, run)
+
+        def cross_attn(x: Tensor) -> Tensor:
+            return self.cross_attn(self.norm3(x).to(dtype), cond.text)
+
+        def ffn(x: Tensor) -> Tensor:
+            return self.ffn(modulated_norm(x, shift2, scale2, self.eps).to(dtype))
+
+        x = torch.addcmul(x, run("self_attn", self_attn, x), gate1)  # promotes to fp32, the dtype of x
+        x = x + run("cross_attn", cross_attn, x)
+        return torch.addcmul(x, run("ffn", ffn, x), gate2)
+
+
+class Head(nn.Module):
+    """Modulated norm and projection to the pixels of a patch, in fp32."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+        self.head = nn.Linear(config.dim, config.out_dim * _volume(config.patch_size))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [B, S, d] fp32 and the time embedding [d] fp32 to [B, S, patch volume * out_dim] fp32."""
+        shift, scale = self.modulation[0] + time
+        return self.head(modulated_norm(x, shift, scale, self.eps))
+
+
+class WanDiT(nn.Module):
+    """Predicts the flow velocity (noise - clean) of a latent video at a noise level, given text.
+
+    Source: the Wan 2.1 report (arXiv:2503.20314, section 4.2) and the released checkpoints.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    @staticmethod
+    def weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+        """How a parameter is stored: fp32 where the computation is fp32, else the dtype of matrix products."""
+        return torch.float32 if FLOAT32_PARTS.intersection(name.split(".")) else dtype
+
+    def encode_text(self, text: Tensor) -> TextCache:
+        """Encoder output [B, n, text_dim], n <= text_len, to what every step of a prompt reuses.
+
+        The rows from n to text_len are zeros before the projection and take part in attention, as in training.
+        """
+        dtype = self.text_embedding[0].weight.dtype
+        padded = F.pad(text.to(dtype), (0, 0, 0, self.config.text_len - text.shape[1]))
+        projected = self.text_embedding(padded)  # [B, text_len, d]
+        return TextCache(tuple(block.cross_attn.encode_text(projected) for block in self.block_list()))
+
+    def forward(
+        self,
+        latent: Tensor,
+        t: Tensor,
+        text: TextCache,
+        *,
+        shard: SequenceShard = NO_SHARD,
+        around: Around | None = None,
+    ) -> Tensor:
+        """Velocity of `latent` [B, in_dim, T, h, w] at integer timestep `t` (0-dimensional), fp32 [B, out_dim, T, h, w].
+
+        h and w must be multiples of the patch size. All videos of a batch share the timestep.
+        """
+        x, cond, grid = self.embed(latent, t, text)
+        x, cond = shard.split(x), cond.split(shard)
+        run = bind(around, cond.modulation)
+        x = run("blocks", lambda x: self.run_blocks(x, cond, run), x)
+        return self.unpatchify(shard.join(self.head(x, cond.time)), grid)
+
+    def embed(self, latent: Tensor, t: Tensor, text: TextCache) -> tuple[Tensor, Condition, tuple[int, int, int]]:
+        """Tokens [B, S, d] fp32, their condition, and the grid of tokens (frames, rows, columns)."""
+        pt, ph, pw = self.config.patch_size
+        frames, rows, columns = latent.shape[-3] // pt, latent.shape[-2] // ph, latent.shape[-1] // pw
+        grid = (frames, rows, columns)
+        patches = rearrange(latent, "b c (f i) (r j) (w k) -> b (f r w) (c i j k)", i=pt, j=ph, k=pw)
+        weight = self.patch_embedding.weight.flatten(1)
+        x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias).float()
+        time = self.time_embedding(time_sinusoid(t, self.config.freq_dim))  # [d] fp32
+        modulation = self.time_projection(time).unflatten(-1, (6, -1))
+        rope = rope_tables(grid, self.config.dim // self.config.num_heads, latent.device)
+        return x, Condition(time, modulation, rope, text), grid
+
+    def run_blocks(self, x: Tensor, cond: Condition, run: Run) -> Tensor:
+        """All blocks in order, x [B, S, d] fp32 to the same."""
+        for layer, block in enumerate(self.block_list()):
+            here = run.at(layer)
+            x = here("block", partial(block, cond=cond.at(layer), run=here.inside_block()), x)
+        return x
+
+    def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[B, S, pt * ph * pw * C], channel fastest, to [B, C, T, h, w]."""
+        (frames, rows, columns), (pt, ph, pw) = grid, self.config.patch_size
+        sizes = {"f": frames, "r": rows, "w": columns, "i": pt, "j": ph, "k": pw}
+        return rearrange(x, "b (f r w) (i j k c) -> b c (f i) (r j) (w k)", **sizes)
+
+    def time_signal(self, t: Tensor) -> Tensor:
+        """Time modulation [N, 6, d] fp32 of many timesteps t [N] at once: what a schedule of reuse may depend on."""
+        time = self.time_embedding(time_sinusoid(t, self.config.freq_dim))
+        return self.time_projection(time).unflatten(-1, (6, -1))
+
+    def block_list(self) -> Sequence[WanBlock]:
+        """The blocks in order, as what they are."""
+        return self.blocks  # type: ignore[return-value]  # nn.ModuleList is a sequence of blocks
+
+
+def _volume(patch_size: tuple[int, int, int]) -> int:
+    frames, rows, columns = patch_size
+    return frames * rows * columns
