@@ -1,0 +1,1 @@
+"""Wan checkpoints on disk: where each layout keeps its files, how it spells names, and what sizes it has."""
