@@ -1,0 +1,1 @@
+"""From a prompt to the embedding rows that condition the diffusion transformer."""
