@@ -1,1 +1,3 @@
 """Tensors, processes and configuration; nothing here knows diffusion."""
+
+__version__ = "0.1.0"
