@@ -1,7 +1,9 @@
-"""The whole configuration as frozen dataclasses, and `load`, the one door through which a configuration comes in.
+"""The whole configuration as frozen dataclasses, and `load`, the one door through which a configuration comes
+in.
 
-Hydra composes plain YAML; `load` merges it into this schema, checks every value and returns plain objects, so that no
-`DictConfig` is seen behind this line. Defaults live in the YAML files alone: a field here has a meaning, not a value.
+Hydra composes plain YAML; `load` merges it into this schema, checks every value and returns plain objects, so
+that no `DictConfig` is seen behind this line. Defaults live in the YAML files alone: a field here has a
+meaning, not a value.
 """
 
 import math
@@ -36,7 +38,9 @@ class EncoderConfig:
     t5_checkpoint: str = _doc("T5 weights inside an official checkpoint directory")
     t5_tokenizer: str = _doc("tokenizer folder inside an official checkpoint directory")
     text_len: int = _doc("rows of text that the transformer sees; longer prompts are cut with a warning")
-    default_negative_prompt: str = _doc("used when a request gives no negative prompt; an empty string stays empty")
+    default_negative_prompt: str = _doc(
+        "used when a request gives no negative prompt; an empty string stays empty"
+    )
     vocab_size: int = _doc("size, for debug.skip_model_load alone")
     dim: int = _doc("size, for debug.skip_model_load alone")
     attention_dim: int = _doc("size, for debug.skip_model_load alone")
@@ -73,8 +77,12 @@ class TransformerConfig:
 class SamplerConfig:
     sample_steps: int = _doc("denoising steps when a request names none")
     sample_shift: float = _doc("flow shift of the sigma grid; larger spends more steps at high noise")
-    guidance_scale: tuple[float, ...] = _doc("guidance when a request names none: one value, or (low noise, high noise)")
-    boundary: tuple[float, ...] = _doc("noise level, in (0, 1), from which the high-noise expert runs; empty for one expert")
+    guidance_scale: tuple[float, ...] = _doc(
+        "guidance when a request names none: one value, or (low noise, high noise)"
+    )
+    boundary: tuple[float, ...] = _doc(
+        "noise level, in (0, 1), from which the high-noise expert runs; empty for one expert"
+    )
     num_train_timesteps: int = _doc("timesteps of training")
 
     def __post_init__(self) -> None:
@@ -84,10 +92,19 @@ class SamplerConfig:
         _require(self.sample_steps >= 1, f"{key}.sample_steps", self.sample_steps, "must be at least 1")
         shift_is_legal = math.isfinite(self.sample_shift) and self.sample_shift > 0
         _require(shift_is_legal, f"{key}.sample_shift", self.sample_shift, "must be a number above 0")
+        train = self.num_train_timesteps
+        _require(train >= 1, f"{key}.num_train_timesteps", train, "must be at least 1")
         finite = all(math.isfinite(scale) for scale in self.guidance_scale)
         _require(finite, f"{key}.guidance_scale", self.guidance_scale, "must be finite numbers")
-        _require(len(self.boundary) <= 1, f"{key}.boundary", self.boundary, "one or two experts are supported")
-        _require(all(0 < b < 1 for b in self.boundary), f"{key}.boundary", self.boundary, "must lie between 0 and 1")
+        _require(
+            len(self.boundary) <= 1, f"{key}.boundary", self.boundary, "one or two experts are supported"
+        )
+        _require(
+            all(0 < b < 1 for b in self.boundary),
+            f"{key}.boundary",
+            self.boundary,
+            "must lie between 0 and 1",
+        )
         _require(
             len(self.guidance_scale) == len(self.boundary) + 1,
             f"{key}.guidance_scale",
@@ -103,17 +120,34 @@ class VideoConfig:
     num_frames: int = _doc("frames, 4n + 1, when a request names none")
     fps: int = _doc("frames per second that the model was trained at")
 
+    def __post_init__(self) -> None:
+        key = "models.video"
+        for name, pixels in (("height", self.height), ("width", self.width)):
+            legal = pixels > 0 and pixels % 16 == 0
+            _require(legal, f"{key}.{name}", pixels, "must be a positive multiple of 16")
+        legal = self.num_frames > 0 and self.num_frames % 4 == 1
+        _require(legal, f"{key}.num_frames", self.num_frames, "must be 4n + 1, at least 1")
+        _require(self.fps >= 1, f"{key}.fps", self.fps, "must be at least 1")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = _doc("the model's name in logs and results")
     type: str = _doc("the family of the code that runs it")
     source: str = _doc("where the checkpoint can be had; shown in messages")
-    ckpt_dir: str | None = _doc("checkpoint directory (official or Diffusers layout) or a Hugging Face repo id")
-    packaged_dir: str | None = _doc("folder of this package that a null ckpt_dir means; null where none ships")
+    ckpt_dir: str | None = _doc(
+        "checkpoint directory (official or Diffusers layout) or a Hugging Face repo id"
+    )
+    packaged_dir: str | None = _doc(
+        "folder of this package that a null ckpt_dir means; null where none ships"
+    )
     task: str = _doc("t2v: text to video")
-    low_noise_checkpoint: str | None = _doc("folder of the low-noise expert in an official directory; null for one expert")
-    high_noise_checkpoint: str | None = _doc("folder of the high-noise expert in an official directory; null for one expert")
+    low_noise_checkpoint: str | None = _doc(
+        "folder of the low-noise expert in an official directory; null for one expert"
+    )
+    high_noise_checkpoint: str | None = _doc(
+        "folder of the high-noise expert in an official directory; null for one expert"
+    )
     encoder: EncoderConfig = _doc("text encoder")
     vae: VaeConfig = _doc("video autoencoder")
     transformer: TransformerConfig = _doc("diffusion transformer")
@@ -123,7 +157,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require(self.type == "diffusion-wan", "models.type", self.type, "known: diffusion-wan")
         _require(self.task == "t2v", "models.task", self.task, "only text to video (t2v) is supported")
-        _require(self.ckpt_dir != "", "models.ckpt_dir", "''", f"name a directory or a repo id; source: {self.source}")
+        _require(
+            self.ckpt_dir != "",
+            "models.ckpt_dir",
+            "''",
+            f"name a directory or a repo id; source: {self.source}",
+        )
 
 
 @dataclass(frozen=True)
@@ -137,7 +176,9 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         for name, value in (("cfg_size", self.cfg_size), ("cp_size", self.cp_size)):
             key = f"infer.diffusion.{name}"
-            _require(value in ("auto", 1, "1"), key, value, f"this version runs on one device; use {key}=auto")
+            _require(
+                value in ("auto", 1, "1"), key, value, f"this version runs on one device; use {key}=auto"
+            )
         _require(self.up_limit >= 1, "infer.diffusion.up_limit", self.up_limit, "must be at least 1")
         _only("infer.diffusion.low_mem_level", self.low_mem_level, 0)
         _only("infer.diffusion.enable_flexcache", self.enable_flexcache, False)
@@ -145,8 +186,12 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class InferConfig:
-    attn_type: str = _doc("self-attention backend: auto (fastest exact one) or a name that `chitu doctor` lists")
-    dtype: str = _doc("of matrix products: auto (float32 on CPU, bfloat16 on CUDA), bfloat16, float16, float32")
+    attn_type: str = _doc(
+        "self-attention backend: auto (fastest exact one) or a name that `chitu doctor` lists"
+    )
+    dtype: str = _doc(
+        "of matrix products: auto (float32 on CPU, bfloat16 on CUDA), bfloat16, float16, float32"
+    )
     op_impl: str = _doc("torch: the first CUDA device where there is one; cpu: never a GPU")
     seed: int = _doc("of the random weights under debug.skip_model_load; a request has its own seed")
     max_reqs: int = _doc("tasks that may hold denoising state at once")
@@ -167,7 +212,9 @@ class InferConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     eval_type: tuple[str, ...] = _doc("metrics to compute after a run; none in this version")
-    reference_path: str | None = _doc("directory of reference videos; unused in this version, so it must stay null")
+    reference_path: str | None = _doc(
+        "directory of reference videos; unused in this version, so it must stay null"
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eval_type", tuple(self.eval_type))
@@ -180,7 +227,9 @@ class OutputConfig:
     root_dir: str = _doc("where run directories are made")
     enable_run_log: bool = _doc("write run.log into the run directory")
     enable_timer_dump: bool = _doc("write time_stats.csv into the run directory and log [PERF] lines")
-    hydra_dump_mode: str = _doc("video_dir moves Hydra's .hydra into the run directory, off removes it, default leaves it")
+    hydra_dump_mode: str = _doc(
+        "video_dir moves Hydra's .hydra into the run directory, off removes it, default leaves it"
+    )
 
     def __post_init__(self) -> None:
         _require(bool(self.root_dir.strip()), "output.root_dir", repr(self.root_dir), "name a directory")
@@ -213,7 +262,9 @@ class Config:
         alias, dtype = self.float_16bit_variant, self.infer.dtype
         _require(alias in (None, *DTYPES), "float_16bit_variant", alias, f"choose one of {', '.join(DTYPES)}")
         agrees = alias is None or dtype in ("auto", alias)
-        _require(agrees, "float_16bit_variant", alias, f"contradicts infer.dtype={dtype}; give infer.dtype alone")
+        _require(
+            agrees, "float_16bit_variant", alias, f"contradicts infer.dtype={dtype}; give infer.dtype alone"
+        )
 
     @property
     def dtype(self) -> str:
@@ -222,7 +273,7 @@ class Config:
 
 
 def _schema(record: type) -> DictConfig:
-    """The schema node of a dataclass; frozen ones come out read-only, nested ones too, and a merge must write."""
+    """The schema node of a dataclass; frozen ones come out read-only, and a merge must write into them."""
     node = OmegaConf.structured(record)
     OmegaConf.set_readonly(node, False)
     for part in fields(record):

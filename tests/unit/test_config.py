@@ -1,0 +1,148 @@
+"""The one door of configuration: every packaged model passes, and every wrong value is refused by its key."""
+
+import dataclasses
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+
+from chitu_core.config import load
+
+MODELS = ("demo", "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-T2V-A14B")
+
+
+def composed(*overrides):
+    with initialize_config_module("chitu_core.config", version_base=None):
+        return compose("serve_config", overrides=list(overrides))
+
+
+def changed(key, value):
+    """The default configuration with one value set after composition, as a script may do."""
+    config = composed()
+    OmegaConf.set_struct(config, False)
+    OmegaConf.update(config, key, value)
+    return config
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_packaged_model_loads(name):
+    config = load(composed(f"models={name}", "models.ckpt_dir=somewhere"))
+    assert config.models.name == name
+    assert len(config.models.sampler.guidance_scale) == len(config.models.sampler.boundary) + 1
+
+
+def test_the_defaults_are_the_documented_ones():
+    config = load(composed())
+    assert (config.models.name, config.infer.attn_type, config.infer.dtype) == ("demo", "auto", "auto")
+    assert (config.infer.max_reqs, config.infer.schedule_policy) == (8, "fifo")
+    assert (config.output.root_dir, config.output.enable_run_log) == ("outputs", True)
+    assert (config.output.enable_timer_dump, config.output.hydra_dump_mode) == (False, "video_dir")
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "shift", "boundary"),
+    [
+        ("Wan2.1-T2V-1.3B", 50, 5.0, ()),
+        ("Wan2.1-T2V-14B", 50, 5.0, ()),
+        ("Wan2.2-T2V-A14B", 40, 12.0, (0.875,)),
+    ],
+)
+def test_sampling_defaults_are_those_of_the_released_models(name, steps, shift, boundary):
+    sampler = load(composed(f"models={name}", "models.ckpt_dir=x")).models.sampler
+    assert (sampler.sample_steps, sampler.sample_shift, sampler.boundary) == (steps, shift, boundary)
+
+
+def test_no_node_of_the_composer_passes():
+    def walk(value):
+        assert not isinstance(value, DictConfig)
+        if dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                walk(getattr(value, field.name))
+        elif not isinstance(value, str | int | float | None):
+            assert isinstance(value, tuple), type(value)
+
+    walk(load(composed()))
+
+
+def test_a_nested_dict_is_as_good_as_a_composed_configuration():
+    plain = OmegaConf.to_container(composed())
+    assert load(plain) == load(composed())
+
+
+def test_a_loaded_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(composed()).infer.max_reqs = 2
+
+
+def test_loading_leaves_the_composed_configuration_as_it_was():
+    config = composed()
+    before = OmegaConf.to_yaml(config)
+    load(config)
+    assert OmegaConf.to_yaml(config) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("infer.max_reqs", 0, r"infer\.max_reqs=0: must be at least 1"),
+        ("infer.max_reqs", "many", r"infer\.max_reqs: .*many"),
+        ("infer.dtype", "int8", r"infer\.dtype=int8: choose one of auto, bfloat16, float16, float32"),
+        ("infer.op_impl", "npu", r"infer\.op_impl=npu: choose torch or cpu"),
+        ("infer.schedule_policy", "fair", r"infer\.schedule_policy=fair: choose one of fifo"),
+        ("infer.dp_size", 2, r"infer\.dp_size=2: not available in this version; leave infer\.dp_size=1"),
+        ("infer.tempo", 3, r"infer\.tempo: .*tempo"),
+        ("infer.diffusion.cfg_size", 2, r"infer\.diffusion\.cfg_size=2: this version runs on one device"),
+        ("infer.diffusion.cp_size", 4, r"infer\.diffusion\.cp_size=4: this version runs on one device"),
+        ("infer.diffusion.low_mem_level", 2, r"infer\.diffusion\.low_mem_level=2: not available"),
+        ("infer.diffusion.enable_flexcache", True, r"infer\.diffusion\.enable_flexcache=True: not available"),
+        ("infer.diffusion.up_limit", 0, r"infer\.diffusion\.up_limit=0: must be at least 1"),
+        ("eval.eval_type", ["psnr"], r"eval\.eval_type=\['psnr'\]: not available"),
+        ("quant", "int8", r"quant=int8: not available"),
+        ("output.root_dir", " ", r"output\.root_dir=' ': name a directory"),
+        ("output.hydra_dump_mode", "keep", r"output\.hydra_dump_mode=keep: choose one of video_dir"),
+        ("output.enable_run_log", "perhaps", r"output\.enable_run_log: .*perhaps"),
+        ("models.ckpt_dir", "", r"models\.ckpt_dir='': name a directory or a repo id"),
+        ("models.type", "diffusion-flux", r"models\.type=diffusion-flux: known: diffusion-wan"),
+        ("models.task", "i2v", r"models\.task=i2v: only text to video"),
+        ("models.sampler.sample_steps", 0, r"models\.sampler\.sample_steps=0: must be at least 1"),
+        ("models.sampler.sample_shift", float("nan"), r"models\.sampler\.sample_shift=nan: must be a number"),
+        ("models.sampler.guidance_scale", [1.0, 2.0], r"models\.sampler\.guidance_scale=.*needs 1 value"),
+        ("models.sampler.guidance_scale", [float("inf")], r"models\.sampler\.guidance_scale=.*finite"),
+        ("models.sampler.boundary", [1.5], r"models\.sampler\.boundary=.*between 0 and 1"),
+        ("models.transformer.patch_size", "big", r"models\.transformer\.patch_size: "),
+        ("models.name", "???", r"models\.name: .*[Mm]issing"),
+        ("float_16bit_variant", "int4", r"float_16bit_variant=int4: choose one of"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_key(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        load(changed(key, value))
+
+
+@pytest.mark.parametrize(("key", "value"), [("height", 100), ("width", 0), ("num_frames", 16), ("fps", 0)])
+def test_request_defaults_of_a_model_must_be_legal_requests(key, value):
+    with pytest.raises(ValueError, match=rf"models\.video\.{key}={value}"):
+        load(changed(f"models.video.{key}", value))
+
+
+def test_a_model_trained_on_no_timesteps_is_refused():
+    with pytest.raises(ValueError, match=r"models\.sampler\.num_train_timesteps=0"):
+        load(changed("models.sampler.num_train_timesteps", 0))
+
+
+def test_a_model_without_a_checkpoint_names_the_key_and_the_source():
+    with pytest.raises(
+        ValueError, match=r"models\.ckpt_dir=None: .*add models\.ckpt_dir=DIRECTORY .*https?://"
+    ):
+        load(composed("models=Wan2.1-T2V-1.3B"))
+
+
+def test_random_weights_need_no_checkpoint():
+    assert load(composed("models=Wan2.1-T2V-1.3B", "debug.skip_model_load=true")).debug.skip_model_load
+
+
+def test_the_older_name_of_the_dtype_counts_and_must_not_contradict():
+    assert load(composed("float_16bit_variant=float16")).dtype == "float16"
+    assert load(composed("infer.dtype=float32")).dtype == "float32"
+    with pytest.raises(ValueError, match=r"float_16bit_variant=float16: contradicts infer\.dtype=float32"):
+        load(composed("float_16bit_variant=float16", "infer.dtype=float32"))
