@@ -1,0 +1,83 @@
+"""The directory of one run: made when the first request needs it, with log, configuration and requests."""
+
+import logging
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from chitu_core.config import Config
+from chitu_core.environment import Environment
+from chitu_core.logging import attach_file, detach_file
+from chitu_core.timing import Timer
+from chitu_diffusion.outputs import (
+    RequestRecord,
+    check_writable,
+    relocate_hydra,
+    run_directory,
+    write_run_files,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """Where videos go that were given no place of their own."""
+
+    def __init__(self, config: Config, environment: Environment) -> None:
+        self._config = config
+        self._environment = environment
+        self._requests: list[RequestRecord] = []
+        self._created_at = datetime.now()
+        self._log: logging.FileHandler | None = None
+        self.path: Path | None = None
+
+    def open(self, prompt: str) -> Path:
+        """The run directory, made and named after `prompt` on first use.
+
+        Raises ValueError naming the setting if it cannot be made or written into.
+        """
+        if self.path is not None:
+            return self.path
+        output, given = self._config.output, self._environment.current_output_dir
+        if given is not None:
+            check_writable(given, "CHITU_CURRENT_OUTPUT_DIR")
+            self.path = given
+        else:
+            check_writable(Path(output.root_dir), "output.root_dir")
+            tag, name = self._environment.run_tag, self._config.models.name
+            self.path = run_directory(Path(output.root_dir), tag, prompt, name, self._created_at)
+        if output.enable_run_log:
+            self._log = attach_file(self.path / "run.log")
+        return self.path
+
+    def add_request(self, request: RequestRecord) -> None:
+        """Note a request in the run directory, which must be open."""
+        assert self.path is not None
+        self._requests.append(request)
+        write_run_files(
+            self.path,
+            self._requests,
+            model_name=self._config.models.name,
+            created_at=self._created_at,
+            config_yaml=OmegaConf.to_yaml(asdict(self._config)),
+        )
+
+    def close(self, timer: Timer) -> None:
+        """Write what is known at the end: timers if asked for, Hydra's folder as configured; end the log."""
+        try:
+            self._write_last(timer)
+        finally:
+            if self._log is not None:
+                detach_file(self._log)
+                self._log = None
+
+    def _write_last(self, timer: Timer) -> None:
+        if timer.is_enabled() and timer.statistics():
+            timer.print_statistics()
+            timer.save_statistics(self.open("prompt") / "time_stats.csv")
+        if self.path is not None and HydraConfig.initialized():
+            hydra_dir = Path(HydraConfig.get().runtime.output_dir)
+            relocate_hydra(self._config.output.hydra_dump_mode, hydra_dir, self.path)
