@@ -1,7 +1,7 @@
 """What a model offers to a strategy that may skip parts of it, and what such a strategy sees.
 
-A model writes every computation that may be skipped as `run(kind, compute, x)`. Without a strategy `run` is `inline`,
-which just calls it; with one, `bind` routes the sites that the strategy wants to its `around`.
+A model writes every computation that may be skipped as `run(kind, compute, x)`. Without a strategy `run` is
+`inline`, which just calls it; with one, `bind` routes the sites that the strategy wants to its `around`.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from torch import Tensor
 Compute = Callable[[Any], Tensor]  # of a tensor; of (q, k, v) at the site `attention`
 Branch = Literal["cond", "uncond", "guided"]
 
-BLOCK_SITES = frozenset({"self_attn", "attention", "cross_attn", "ffn"})  # sites that lie inside a block
+BLOCK_SITES = frozenset({"self_attn", "attention", "cross_attn", "ffn"})  # inside a block
 
 
 @dataclass(frozen=True)
 class Site:
-    """One computation of a model: its kind (`blocks`, `block` or one of `BLOCK_SITES`) and its block index."""
+    """One computation of a model: `blocks`, `block` or one of `BLOCK_SITES`, and the index of its block."""
 
     kind: str
     layer: int | None = None
@@ -56,7 +56,7 @@ class Run(Protocol):
         """The same for one block."""
 
     def inside_block(self) -> "Run":
-        """Itself if a strategy wants a site inside a block, else `inline`, so that a compiled block never sees one."""
+        """Itself if a strategy wants a site in a block, else `inline`: a compiled block sees no strategy."""
 
 
 class _Inline:

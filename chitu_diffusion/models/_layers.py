@@ -54,10 +54,11 @@ def time_sinusoid(t: Tensor, dim: int) -> Tensor:
 
 
 def rope_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [S, 1, head_dim / 2] fp32 for the tokens of a grid (frames, rows, columns), angles in fp64.
+    """Cosines and sines [S, 1, head_dim / 2] fp32 for the tokens of a grid (frames, rows, columns), angles in
+    fp64.
 
-    The pairs of a head are shared out to the axes, the larger part to time, and each axis has its own full range of
-    frequencies (Wan 2.1 report, section 4.2; the split follows the released model).
+    The pairs of a head are shared out to the axes, the larger part to time, and each axis has its own full
+    range of frequencies (Wan 2.1 report, section 4.2; the split follows the released model).
     """
     pairs = head_dim // 2
     spatial = pairs // 3
@@ -68,7 +69,9 @@ def rope_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device)
         angles = torch.outer(positions, ROPE_THETA**-powers)
         shape = [1, 1, 1, count]
         shape[axis] = size
-        parts.append(torch.stack((angles.cos(), angles.sin())).float().view(2, *shape).expand(2, *grid, count))
+        parts.append(
+            torch.stack((angles.cos(), angles.sin())).float().view(2, *shape).expand(2, *grid, count)
+        )
     cos, sin = torch.cat(parts, dim=-1).view(2, -1, 1, pairs)
     return cos, sin
 

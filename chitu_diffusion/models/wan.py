@@ -1,8 +1,8 @@
 """The Wan 2.1 and 2.2 text-to-video transformer. Parameter names are those of the released checkpoints.
 
-Number formats follow the reference: matrix products in the weights' dtype; residual stream, norms, modulation, time
-embedding and head in float32, with the casts written where they happen. It knows no device, no rank and no cache:
-attention is a value (`self_attn.attention`), `shard=` and `around=` come with the call.
+Number formats follow the reference: matrix products in the weights' dtype; residual stream, norms,
+modulation, time embedding and head in float32, with the casts written where they happen. It knows no device,
+no rank and no cache: attention is a value (`self_attn.attention`), `shard=` and `around=` come with the call.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,20 @@ from torch.nn import functional as F
 
 from chitu_core.attention._base import Attention
 from chitu_core.attention.torch_sdpa import Backend
-from chitu_diffusion.models._layers import LayerNorm, RMSNorm, modulated_norm, rope_tables, rotate, time_sinusoid
+from chitu_diffusion.models._layers import (
+    LayerNorm,
+    RMSNorm,
+    modulated_norm,
+    rope_tables,
+    rotate,
+    time_sinusoid,
+)
 from chitu_diffusion.seam import Around, Run, bind, inline
 from chitu_diffusion.sequence import NO_SHARD, SequenceShard
 
-FLOAT32_PARTS = frozenset({"modulation", "norm3", "norm_q", "norm_k", "time_embedding", "time_projection", "head"})
+FLOAT32_PARTS = frozenset(
+    {"modulation", "norm3", "norm_q", "norm_k", "time_embedding", "time_projection", "head"}
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ class CrossAttention(nn.Module):
 
 
 class WanBlock(nn.Module):
-    """Self-attention and feed-forward, gated and modulated by the time, around cross-attention to the text."""
+    """Self-attention and feed-forward, modulated and gated by the time, with cross-attention between."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -179,7 +188,9 @@ class WanDiT(nn.Module):
         self.config = config
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
@@ -187,15 +198,16 @@ class WanDiT(nn.Module):
 
     @staticmethod
     def weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-        """How a parameter is stored: fp32 where the computation is fp32, else the dtype of matrix products."""
+        """How a parameter is stored: fp32 where it is used in fp32, else in the dtype of matrix products."""
         return torch.float32 if FLOAT32_PARTS.intersection(name.split(".")) else dtype
 
     def encode_text(self, text: Tensor) -> TextCache:
         """Encoder output [B, n, text_dim], n <= text_len, to what every step of a prompt reuses.
 
-        The rows from n to text_len are zeros before the projection and take part in attention, as in training.
+        The rows from n to text_len are zeros before the projection and take part in attention, as in
+        training.
         """
-        dtype = self.text_embedding[0].weight.dtype
+        dtype = self.patch_embedding.weight.dtype
         padded = F.pad(text.to(dtype), (0, 0, 0, self.config.text_len - text.shape[1]))
         projected = self.text_embedding(padded)  # [B, text_len, d]
         return TextCache(tuple(block.cross_attn.encode_text(projected) for block in self.block_list()))
@@ -209,7 +221,8 @@ class WanDiT(nn.Module):
         shard: SequenceShard = NO_SHARD,
         around: Around | None = None,
     ) -> Tensor:
-        """Velocity of `latent` [B, in_dim, T, h, w] at integer timestep `t` (0-dimensional), fp32 [B, out_dim, T, h, w].
+        """Velocity of `latent` [B, in_dim, T, h, w] at integer timestep `t` (0-dimensional), fp32 [B,
+        out_dim, T, h, w].
 
         h and w must be multiples of the patch size. All videos of a batch share the timestep.
         """
@@ -219,7 +232,9 @@ class WanDiT(nn.Module):
         x = run("blocks", lambda x: self.run_blocks(x, cond, run), x)
         return self.unpatchify(shard.join(self.head(x, cond.time)), grid)
 
-    def embed(self, latent: Tensor, t: Tensor, text: TextCache) -> tuple[Tensor, Condition, tuple[int, int, int]]:
+    def embed(
+        self, latent: Tensor, t: Tensor, text: TextCache
+    ) -> tuple[Tensor, Condition, tuple[int, int, int]]:
         """Tokens [B, S, d] fp32, their condition, and the grid of tokens (frames, rows, columns)."""
         pt, ph, pw = self.config.patch_size
         frames, rows, columns = latent.shape[-3] // pt, latent.shape[-2] // ph, latent.shape[-1] // pw
@@ -246,7 +261,7 @@ class WanDiT(nn.Module):
         return rearrange(x, "b (f r w) (i j k c) -> b c (f i) (r j) (w k)", **sizes)
 
     def time_signal(self, t: Tensor) -> Tensor:
-        """Time modulation [N, 6, d] fp32 of many timesteps t [N] at once: what a schedule of reuse may depend on."""
+        """Time modulation [N, 6, d] fp32 of timesteps t [N] at once: what a reuse schedule may depend on."""
         time = self.time_embedding(time_sinusoid(t, self.config.freq_dim))
         return self.time_projection(time).unflatten(-1, (6, -1))
 

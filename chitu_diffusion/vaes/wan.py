@@ -111,7 +111,7 @@ def _conv3d(conv: nn.Conv3d, x: Tensor) -> Tensor:
     padding = (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
     # NOTE: the batch axis comes before the permutation, else the strides are not seen as channels-last.
     clip = x[None].permute(0, 4, 1, 2, 3)  # [1, C, T, H, W]
-    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    has_onednn: bool = torch.backends.mkldnn.is_available()
     if has_onednn and x.is_cpu and x.dtype == torch.float32:
         # For a batch of one small fp32 clip F.conv3d would choose a kernel up to 30 times slower.
         y = torch.mkldnn_convolution(clip, conv.weight, conv.bias, padding, conv.stride, conv.dilation, 1)

@@ -106,7 +106,9 @@ def test_a_batch_gives_what_its_videos_give_alone():
     t = torch.tensor(321)
     together = model(latents, t, model.encode_text(text))
     alone = [model(latents[i : i + 1], t, model.encode_text(text[i : i + 1])) for i in range(2)]
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)  # only the order of sums differs
+    torch.testing.assert_close(
+        together, torch.cat(alone), atol=1e-5, rtol=1e-5
+    )  # only the order of sums differs
 
 
 class Spy:

@@ -1,0 +1,197 @@
+"""The shell's `chitu`: thin verbs over the library.
+
+`chitu generate PROMPT [options] [hydra.overrides ...]` makes videos; the path of each is a line on standard
+output, all else goes to standard error. `chitu doctor` says what this machine can do. `chitu run` is the
+launcher.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from tqdm import tqdm
+
+from chitu_core import launch
+from chitu_core import logging as chitu_logging
+from chitu_core.config import load
+from chitu_core.environment import Environment
+from chitu_diffusion.doctor import report
+from chitu_diffusion.engine import Engine
+from chitu_diffusion.outputs import check_writable
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskPool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; 0 when all went well, 1 when something failed, 2 for a command line that cannot be read."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["run"]:  # the launcher reads its own command line
+        return launch.main(arguments[1:])
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)  # overrides may stand behind options
+    if any(word.startswith("-") for word in rest) or (rest and options.verb != "generate"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.verb == "generate":
+        options.words += rest
+    try:
+        return _doctor(options) if options.verb == "doctor" else _generate(options)
+    except (ValueError, OSError, RuntimeError, HydraException) as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("Error: interrupted\n")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="chitu", description="Text to video with Wan diffusion transformers."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    generate = verbs.add_parser("generate", help="make videos from prompts", description=_generate.__doc__)
+    generate.add_argument(
+        "words", nargs="*", metavar="PROMPT|key=value", help="the prompt, then Hydra overrides"
+    )
+    generate.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one prompt a line, in place of PROMPT"
+    )
+    generate.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid; '' for nothing")
+    generate.add_argument(
+        "--model", metavar="NAME", help="demo, Wan2.1-T2V-1.3B, Wan2.1-T2V-14B, Wan2.2-T2V-A14B"
+    )
+    generate.add_argument("--ckpt-dir", metavar="DIR", help="checkpoint directory or Hugging Face repo id")
+    generate.add_argument("--size", type=_size, metavar="WxH", help="pixels, multiples of 16")
+    generate.add_argument("--frames", type=int, metavar="N", help="4n + 1")
+    generate.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    generate.add_argument(
+        "--guidance", type=_guidance, metavar="G[,G]", help="one value, or low-noise,high-noise"
+    )
+    generate.add_argument("--seed", type=int, metavar="N", help="drawn, and reported, when left out")
+    generate.add_argument("--solver", metavar="NAME", help="unipc, dpm++ or euler")
+    generate.add_argument("--fps", type=float, metavar="F", help="of the file; the model's own when left out")
+    generate.add_argument("--output", metavar="FILE", help="path of the video; a run directory when left out")
+    generate.add_argument(
+        "--json", action="store_true", help="print the result records in place of the paths"
+    )
+    verbs.add_parser("run", help="launch from a system_config.yaml", add_help=False)
+    doctor = verbs.add_parser("doctor", help="what this machine can do")
+    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 832x480")
+    return int(width), int(height)
+
+
+def _guidance(text: str) -> float | tuple[float, ...]:
+    values = tuple(float(part) for part in text.split(","))
+    return values[0] if len(values) == 1 else values
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    found = report()
+    sys.stdout.write((json.dumps(asdict(found), indent=2) if options.json else str(found)) + "\n")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    """Make a video per prompt. The first word is the prompt, the rest overrides; with --prompts all are."""
+    prompts, overrides = _prompts(options)
+    params = [
+        _user_params(options, prompt) for prompt in prompts
+    ]  # bad values fail here, before any model is read
+    with initialize_config_module("chitu_core.config", version_base=None):
+        args = compose("serve_config", overrides=overrides)
+    if options.output is not None:
+        check_writable(Path(options.output), "save_path")
+    environment = Environment.read()
+    chitu_logging.setup(environment)
+    engine = Engine(load(args), TaskPool(), environment)
+    shows_bar = sys.stderr.isatty() and not environment.debug
+    if shows_bar:
+        chitu_logging.set_console_level(logging.WARNING)
+    try:
+        tasks = [DiffusionTask.from_user_request(one) for one in params]
+        for task in tasks:
+            engine.pool.add(task)
+        _run(engine, tasks, shows_bar)
+    finally:
+        engine.close()
+    return _tell(tasks, as_json=options.json)
+
+
+def _prompts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The prompts and the Hydra overrides of a command line."""
+    words: list[str] = list(options.words)
+    if options.prompts is not None:
+        lines = options.prompts.read_text("utf-8").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"--prompts={options.prompts}: the file holds no prompt; write one a line")
+    elif words:
+        prompts = [words.pop(0)]
+    else:
+        raise ValueError(
+            "no prompt; write it in quotes after `chitu generate`, or name a file with --prompts"
+        )
+    if options.output is not None and len(prompts) > 1:
+        raise ValueError(f"--output={options.output} names one file for {len(prompts)} prompts; leave it out")
+    for word in words:
+        if "=" not in word and not word.startswith("~"):
+            raise ValueError(f"{word!r} is not a Hydra override (key=value); put the prompt into quotes")
+    chosen = {"models": options.model, "models.ckpt_dir": options.ckpt_dir}
+    flags = [f"{key}={_quoted(value)}" for key, value in chosen.items() if value is not None]
+    return prompts, [*flags, *words]
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _user_params(options: argparse.Namespace, prompt: str) -> DiffusionUserParams:
+    width, height = options.size or (None, None)
+    return DiffusionUserParams(
+        prompt=prompt,
+        negative_prompt=options.negative_prompt,
+        width=width,
+        height=height,
+        num_frames=options.frames,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        seed=options.seed,
+        sample_solver=options.solver or "unipc",
+        fps=options.fps,
+        save_path=options.output,
+    )
+
+
+def _run(engine: Engine, tasks: Sequence[DiffusionTask], shows_bar: bool) -> None:
+    """Step until all tasks have ended, with a bar of denoising steps on a terminal."""
+    totals = [task.params.num_inference_steps for task in tasks if task.params]
+    with tqdm(total=sum(totals), unit="step", disable=not shows_bar) as bar:
+        while not engine.pool.all_finished():
+            running = next((task for task in tasks if task.is_running()), None)
+            bar.set_description(running.phase if running else "pending")
+            engine.step()
+            bar.update(sum(task.current_step for task in tasks) - bar.n)
+
+
+def _tell(tasks: Sequence[DiffusionTask], as_json: bool) -> int:
+    """Failures to standard error, then the results to standard output, the last of them on the last line."""
+    failed = [task for task in tasks if task.result is None]
+    results = [task.result for task in tasks if task.result is not None]
+    for task in failed:
+        sys.stderr.write(f"Error: {task.phase}: {task.error_message}\n")
+    for result in results:
+        line = json.dumps(asdict(result), ensure_ascii=False) if as_json else result.video_path
+        sys.stdout.write(line + "\n")
+    return 1 if failed else 0

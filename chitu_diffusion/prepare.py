@@ -1,0 +1,195 @@
+"""From a checked configuration to networks on a device: locate, size, load, choose attention."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from chitu_core import attention, weights
+from chitu_core.config import Config, ModelConfig
+from chitu_diffusion.checkpoint.layout import Component, locate
+from chitu_diffusion.checkpoint.sizes import dit_config, umt5_config, vae_config
+from chitu_diffusion.encoders.tokenizer import PromptTokenizer
+from chitu_diffusion.encoders.umt5 import UMT5Config, UMT5Encoder
+from chitu_diffusion.models.wan import WanConfig, WanDiT
+from chitu_diffusion.spec import ModelSpec, experts_of
+from chitu_diffusion.vaes.wan import WAN21_LATENTS_MEAN, WAN21_LATENTS_STD, WanVAE, WanVAEConfig
+
+logger = logging.getLogger(__name__)
+
+DEMO_TOKENIZER = Path(__file__).parent / "demo" / "tokenizer"
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+Fill = Callable[
+    [nn.Module, str, Callable[[str], torch.dtype]], None
+]  # a meta module, its part's name, its dtypes
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Text embeddings [n, dim] of a prompt, and how many of its tokens did not fit."""
+
+    embeddings: Tensor
+    num_dropped: int
+
+
+class PromptEncoder:
+    """Turns a prompt into the embeddings that condition the transformer."""
+
+    def __init__(self, tokenizer: PromptTokenizer, encoder: UMT5Encoder, device: torch.device) -> None:
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.device = device
+
+    def encode(self, prompt: str) -> EncodedPrompt:
+        """Encode one prompt by itself, without padding, which the transformer adds."""
+        tokens = self.tokenizer.encode(prompt)
+        ids = torch.tensor([tokens.ids], device=self.device)
+        return EncodedPrompt(self.encoder(ids)[0], tokens.num_dropped)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The networks of one model, ready to run."""
+
+    spec: ModelSpec
+    prompt_encoder: PromptEncoder
+    experts: dict[str, WanDiT]
+    vae: WanVAE
+    attention_name: str
+    attention_is_exact: bool
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    encoder: UMT5Config
+    vae: WanVAEConfig
+    experts: dict[str, WanConfig]
+
+
+def pick_device(op_impl: str, local_rank: int) -> torch.device:
+    """This process's GPU; the CPU where there is none or `infer.op_impl=cpu` says so."""
+    if op_impl == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: by name, or bfloat16 on a GPU and float32 on a CPU for `auto`."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return _DTYPES[name]
+
+
+def build_pipeline(config: Config, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    """Make every network of `config.models` on `device`.
+
+    Raises ValueError naming key, file or tensor when the checkpoint is not what it must be; everything that
+    headers can tell is checked before any tensor is read.
+    """
+    kernel = attention.build(config.infer.attn_type)
+    sizes, fill, tokenizer_dir = (
+        _random(config, device) if config.debug.skip_model_load else _stored(config, device)
+    )
+    tokenizer = PromptTokenizer(tokenizer_dir, _text_len(sizes), sizes.encoder.vocab_size)
+    _check_fit(sizes)
+    # NOTE T5 overflows in fp16, so bf16 stands in there; the VAE runs in fp32 as the reference does
+    text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    with torch.device("meta"):
+        encoder, vae = UMT5Encoder(sizes.encoder), WanVAE(sizes.vae)
+        experts = {name: WanDiT(size) for name, size in sizes.experts.items()}
+    fill(encoder, "text_encoder", lambda _: text_dtype)
+    fill(vae, "vae", lambda _: torch.float32)
+    for name, expert in experts.items():
+        fill(expert, name, lambda parameter: WanDiT.weight_dtype(parameter, dtype))
+        for block in expert.block_list():
+            block.self_attn.attention = kernel
+    for module in (encoder, vae, *experts.values()):
+        module.eval().requires_grad_(False)
+    some = next(iter(sizes.experts.values()))
+    spec = ModelSpec(
+        experts_of(config.models.sampler),
+        sizes.vae.stride,
+        some.patch_size,
+        sizes.vae.z_dim,
+        _text_len(sizes),
+    )
+    prompt_encoder = PromptEncoder(tokenizer, encoder, device)
+    return Pipeline(
+        spec, prompt_encoder, experts, vae, type(kernel).__module__.rpartition(".")[2], kernel.is_exact
+    )
+
+
+def _stored(config: Config, device: torch.device) -> tuple[_Sizes, Fill, Path]:
+    """Sizes, weights and tokenizer of the checkpoint that `models.ckpt_dir` names."""
+    model = config.models
+    checkpoint = locate(model)
+    logger.info("checkpoint %s (%s layout)", checkpoint.root, checkpoint.layout)
+    parts: dict[str, Component] = {"text_encoder": checkpoint.text_encoder, "vae": checkpoint.vae}
+    parts |= dict(checkpoint.experts)
+    experts = {name: dit_config(part) for name, part in checkpoint.experts}
+    sizes = _Sizes(umt5_config(checkpoint.text_encoder), vae_config(checkpoint.vae), experts)
+    stated = _yaml_sizes(model).experts
+    for name, size in experts.items():
+        differing = [key for key, value in asdict(size).items() if asdict(stated[name])[key] != value]
+        if differing:
+            logger.warning(
+                "%s of the checkpoint differs from models=%s in %s", name, model.name, ", ".join(differing)
+            )
+
+    def fill(module: nn.Module, name: str, dtype_of: Callable[[str], torch.dtype]) -> None:
+        part = parts[name]
+        weights.load(
+            module, part.source, part.rename, device=device, dtype_of=dtype_of, label=name, spell=part.spell
+        )
+
+    return sizes, fill, checkpoint.tokenizer_dir
+
+
+def _random(config: Config, device: torch.device) -> tuple[_Sizes, Fill, Path]:
+    """Sizes of the model YAML, random weights, and the demo model's tokenizer."""
+    logger.warning("debug.skip_model_load=true: weights are random, the video will be noise")
+    seed = config.infer.seed
+
+    def fill(module: nn.Module, name: str, dtype_of: Callable[[str], torch.dtype]) -> None:
+        logger.info("%s: random weights", name)
+        weights.randomise(module, device=device, dtype_of=dtype_of, seed=seed)
+
+    return _yaml_sizes(config.models), fill, DEMO_TOKENIZER
+
+
+def _yaml_sizes(model: ModelConfig) -> _Sizes:
+    text, size = model.encoder, model.transformer
+    encoder = UMT5Config(
+        text.vocab_size, text.dim, text.attention_dim, text.num_heads, text.ffn_dim, text.num_layers
+    )
+    vae = WanVAEConfig(
+        base_dim=model.vae.base_dim,
+        z_dim=model.vae.z_dim,
+        dim_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        temporal_downsample=(False, True, True),
+        latents_mean=WAN21_LATENTS_MEAN,
+        latents_std=WAN21_LATENTS_STD,
+    )
+    dit = WanConfig(text_len=text.text_len, **asdict(size))
+    return _Sizes(encoder, vae, {expert.name: dit for expert in experts_of(model.sampler)})
+
+
+def _text_len(sizes: _Sizes) -> int:
+    return min(size.text_len for size in sizes.experts.values())
+
+
+def _check_fit(sizes: _Sizes) -> None:
+    """The parts of a checkpoint must fit each other; raises ValueError where they do not."""
+    for name, size in sizes.experts.items():
+        if size.text_dim != sizes.encoder.dim:
+            raise ValueError(
+                f"{name} expects text of width {size.text_dim}, the text encoder gives {sizes.encoder.dim}"
+            )
+        if size.in_dim != sizes.vae.z_dim:
+            raise ValueError(f"{name} expects {size.in_dim} latent channels, the VAE has {sizes.vae.z_dim}")

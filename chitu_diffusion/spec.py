@@ -1,0 +1,48 @@
+"""Facts of a loaded model that the engine needs and that no tensor states: experts, strides, shapes."""
+
+from dataclasses import dataclass
+
+from chitu_core.config import SamplerConfig
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One transformer of a model, for timesteps >= `min_timestep`; `guidance_index` counts from low noise."""
+
+    name: str
+    guidance_index: int
+    min_timestep: int
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What one model is: its experts from high noise to low, and how pixels, latents and tokens relate."""
+
+    experts: tuple[Expert, ...]
+    vae_stride: tuple[int, int, int]
+    patch_size: tuple[int, int, int]
+    latent_channels: int
+    text_len: int
+
+    def select_expert(self, timestep: int) -> Expert:
+        """The expert for a timestep: the first in order whose range holds it."""
+        return next(expert for expert in self.experts if timestep >= expert.min_timestep)
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """[C, T, h, w] of a video of 4n + 1 frames."""
+        stride_t, stride_h, stride_w = self.vae_stride
+        return (self.latent_channels, (num_frames - 1) // stride_t + 1, height // stride_h, width // stride_w)
+
+    def seq_len(self, latent_shape: tuple[int, int, int, int]) -> int:
+        """Tokens that the transformer sees for a latent."""
+        patch_t, patch_h, patch_w = self.patch_size
+        _, frames, rows, columns = latent_shape
+        return (frames // patch_t) * (rows // patch_h) * (columns // patch_w)
+
+
+def experts_of(sampler: SamplerConfig) -> tuple[Expert, ...]:
+    """One expert, or two split at the boundary: high noise first; guidance values come as (low, high)."""
+    if not sampler.boundary:
+        return (Expert("dit", 0, 0),)
+    boundary = round(sampler.boundary[0] * sampler.num_train_timesteps)
+    return (Expert("high_noise", 1, boundary), Expert("low_noise", 0, 0))
