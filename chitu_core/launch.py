@@ -60,7 +60,7 @@ KEYS = (
     Key("launch.srun.job_name", TEXT),
     Key("runtime.chitu_debug", FLAG, default=True),
     Key("runtime.cuda_launch_blocking", FLAG, default=False),
-    Key("model.name", TEXT, "models", "Wan2.1-T2V-1.3B"),
+    Key("model.name", TEXT, "models", "demo"),
     Key("model.ckpt_dir", TEXT, "models.ckpt_dir"),
     Key("parallel.cfp", DEGREE, default="auto"),  # becomes cfg_size and cp_size
     Key("infer.up_limit", COUNT, "infer.diffusion.up_limit"),

@@ -1,11 +1,13 @@
 """The packages' loggers: level, format, the file of a run. Modules use `logging.getLogger(__name__)`."""
 
 import logging
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from chitu_core.environment import Environment
 
 PACKAGES = ("chitu_core", "chitu_diffusion")
+_KEPT_RECORDS = 1000  # of the time before the run directory is made
 _FORMAT = "%(asctime)s [%(levelname)s] %(name)s: %(message)s"
 
 
@@ -22,7 +24,7 @@ def setup(environment: Environment, level: int | None = None) -> None:
     for package in PACKAGES:
         logger = logging.getLogger(package)
         logger.setLevel(lowest)
-        if not logger.handlers:
+        if not any(type(handler) is logging.StreamHandler for handler in logger.handlers):
             handler = logging.StreamHandler()
             handler.setFormatter(logging.Formatter(_FORMAT))
             logger.addHandler(handler)
@@ -33,22 +35,39 @@ def set_console_level(level: int) -> None:
     """Change what reaches standard error; files keep their own level."""
     for package in PACKAGES:
         for handler in logging.getLogger(package).handlers:
-            if not isinstance(handler, logging.FileHandler):
+            if not isinstance(handler, logging.FileHandler | MemoryHandler):
                 handler.setLevel(level)
 
 
-def attach_file(path: Path) -> logging.FileHandler:
-    """Write both packages' records from INFO on to `path` as well, until `detach_file`."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setLevel(logging.INFO)
-    handler.setFormatter(logging.Formatter(_FORMAT))
-    for package in PACKAGES:
-        logging.getLogger(package).addHandler(handler)
-    return handler
+class RunLog:
+    """The log of one run: records from INFO on, kept until the run has a directory, then in a file."""
 
+    def __init__(self) -> None:
+        self._file: logging.FileHandler | None = None
+        self._early = MemoryHandler(_KEPT_RECORDS, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+        self._attach(self._early)
 
-def detach_file(handler: logging.FileHandler) -> None:
-    """Stop writing to a file that `attach_file` opened, and close it."""
-    for package in PACKAGES:
-        logging.getLogger(package).removeHandler(handler)
-    handler.close()
+    def open(self, path: Path) -> None:
+        """Write what was kept, and from now on everything, to `path`. Raises OSError where it cannot."""
+        self._file = logging.FileHandler(path, encoding="utf-8")
+        self._file.setFormatter(logging.Formatter(_FORMAT))
+        self._early.setTarget(self._file)
+        self._early.flush()
+        self._detach(self._early)
+        self._attach(self._file)
+
+    def close(self) -> None:
+        """Stop listening; the file, if there is one, is complete."""
+        self._detach(self._early)
+        if self._file is not None:
+            self._detach(self._file)
+
+    def _attach(self, handler: logging.Handler) -> None:
+        handler.setLevel(logging.INFO)
+        for package in PACKAGES:
+            logging.getLogger(package).addHandler(handler)
+
+    def _detach(self, handler: logging.Handler) -> None:
+        for package in PACKAGES:
+            logging.getLogger(package).removeHandler(handler)
+        handler.close()

@@ -132,6 +132,10 @@ def _prompts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The prompts and the Hydra overrides of a command line."""
     words: list[str] = list(options.words)
     if options.prompts is not None:
+        if words and "=" not in words[0]:
+            raise ValueError(f"PROMPT {words[0]!r} and --prompts exclude each other; give one of them")
+        if not options.prompts.is_file():
+            raise ValueError(f"--prompts={options.prompts}: no such file; write one prompt a line into it")
         lines = options.prompts.read_text("utf-8").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:

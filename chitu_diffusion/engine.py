@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import ExitStack
 from enum import Enum
 
 import torch
@@ -41,13 +42,16 @@ class Engine:
             raise ValueError(f"WORLD_SIZE={environment.world_size}: this version runs in one process")
         self.config = config
         self.pool = pool
+        self.scheduler = DiffusionScheduler(config.infer.schedule_policy, config.infer.max_reqs)
+        self.log = StageLog(environment, config.output.enable_timer_dump)
         self.device = pick_device(config.infer.op_impl, environment.local_rank)
         self.dtype = pick_dtype(config.dtype, self.device)
-        logger.info("model %s on %s, matrix products in %s", config.models.name, self.device, self.dtype)
-        self.scheduler = DiffusionScheduler(config.infer.schedule_policy, config.infer.max_reqs)
         self.folder = RunFolder(config, environment)
-        self.log = StageLog(environment, config.output.enable_timer_dump)
-        pipeline = build_pipeline(config, self.device, self.dtype)
+        with ExitStack() as undo:
+            undo.callback(self.folder.end_log)  # the run's log listens from here on
+            logger.info("model %s on %s, matrix products in %s", config.models.name, self.device, self.dtype)
+            pipeline = build_pipeline(config, self.device, self.dtype)
+            undo.pop_all()
         self.generator: Generator | None = Generator(pipeline, config, self.device, self.dtype, self.folder)
         self.state = BackendState.Initialized
         self._adopt()

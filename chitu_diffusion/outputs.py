@@ -35,17 +35,6 @@ class RequestRecord:
 
 
 @dataclass(frozen=True)
-class VideoRecord:
-    """The JSON file beside a video, from which evaluation finds the pair of a reference video."""
-
-    filename: str
-    prompt: str
-    seed: int | None
-    step: int | None
-    task_id: str
-
-
-@dataclass(frozen=True)
 class _RequestFile:
     requests: tuple[RequestRecord, ...]
 
@@ -116,8 +105,9 @@ def relocate_hydra(mode: str, hydra_output_dir: Path | None, run_dir: Path) -> N
             return
         shutil.copytree(source, target, dirs_exist_ok=True)
     shutil.rmtree(source)
-    if action == "video_dir" and not any(hydra_output_dir.iterdir()):
-        hydra_output_dir.rmdir()
+    for emptied in (hydra_output_dir, hydra_output_dir.parent):  # by default <time> inside <date>
+        if action == "video_dir" and not any(emptied.iterdir()):
+            emptied.rmdir()
 
 
 def check_writable(path: Path, key: str) -> None:

@@ -161,10 +161,8 @@ class DiffusionUserParams:
             path = getattr(self, key)
             _require_legal(path != "", key, "", "is empty; leave it out or name a path")
             _require_legal("\0" not in (path or ""), key, path, "holds a zero byte, which no path can")
-        is_folder = (self.save_path or "").endswith("/")
-        _require_legal(not is_folder, "save_path", self.save_path, "names a folder; use save_dir")
-        is_record = (self.save_path or "").lower().endswith(".json")
-        _require_legal(not is_record, "save_path", self.save_path, "the record goes there; name a .mp4 file")
+        is_video = self.save_path is None or self.save_path.lower().endswith(".mp4")
+        _require_legal(is_video, "save_path", self.save_path, "must end in .mp4; for a folder use save_dir")
 
     def _check_shape(self) -> None:
         for key in ("height", "width"):

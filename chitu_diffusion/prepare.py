@@ -136,6 +136,10 @@ def _stored(config: Config, device: torch.device) -> tuple[_Sizes, Fill, Path]:
     stated = _yaml_sizes(model).experts
     for name, size in experts.items():
         differing = [key for key, value in asdict(size).items() if asdict(stated[name])[key] != value]
+        if differing and model.packaged_dir is not None:
+            known = "Wan2.1-T2V-1.3B, Wan2.1-T2V-14B or Wan2.2-T2V-A14B"
+            problem = f"models.ckpt_dir={model.ckpt_dir} holds another network than models={model.name}"
+            raise ValueError(f"{problem}, whose sampler defaults would not fit it; add models={known}")
         if differing:
             logger.warning(
                 "%s of the checkpoint differs from models=%s in %s", name, model.name, ", ".join(differing)

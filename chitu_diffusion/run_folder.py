@@ -1,6 +1,5 @@
 """The directory of one run: made when the first request needs it, with log, configuration and requests."""
 
-import logging
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +9,7 @@ from omegaconf import OmegaConf
 
 from chitu_core.config import Config
 from chitu_core.environment import Environment
-from chitu_core.logging import attach_file, detach_file
+from chitu_core.logging import RunLog
 from chitu_core.timing import Timer
 from chitu_diffusion.outputs import (
     RequestRecord,
@@ -19,8 +18,6 @@ from chitu_diffusion.outputs import (
     run_directory,
     write_run_files,
 )
-
-logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -31,7 +28,7 @@ class RunFolder:
         self._environment = environment
         self._requests: list[RequestRecord] = []
         self._created_at = datetime.now()
-        self._log: logging.FileHandler | None = None
+        self._log = RunLog() if config.output.enable_run_log else None
         self.path: Path | None = None
 
     def open(self, prompt: str) -> Path:
@@ -49,8 +46,8 @@ class RunFolder:
             check_writable(Path(output.root_dir), "output.root_dir")
             tag, name = self._environment.run_tag, self._config.models.name
             self.path = run_directory(Path(output.root_dir), tag, prompt, name, self._created_at)
-        if output.enable_run_log:
-            self._log = attach_file(self.path / "run.log")
+        if self._log is not None:
+            self._log.open(self.path / "run.log")
         return self.path
 
     def add_request(self, request: RequestRecord) -> None:
@@ -70,9 +67,12 @@ class RunFolder:
         try:
             self._write_last(timer)
         finally:
-            if self._log is not None:
-                detach_file(self._log)
-                self._log = None
+            self.end_log()
+
+    def end_log(self) -> None:
+        """Stop writing to the run's log."""
+        if self._log is not None:
+            self._log.close()
 
     def _write_last(self, timer: Timer) -> None:
         if timer.is_enabled() and timer.statistics():

@@ -24,19 +24,6 @@ class Site:
     layer: int | None = None
 
 
-@dataclass(frozen=True)
-class StepInfo:
-    """Where in the denoising loop a forward pass stands."""
-
-    index: int
-    total: int
-    timestep: int
-    sigma: float
-    sigma_next: float
-    branch: Branch
-    expert: str
-
-
 class Around(Protocol):
     """A strategy as a model sees it."""
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Give every parameter a random value of a sensible scale; fresh modules hide bugs (norms of 1, tables of 0)."""
+    """Give every parameter a random value of a sensible scale: fresh norms of 1 and tables of 0 hide bugs."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

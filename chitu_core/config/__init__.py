@@ -37,7 +37,7 @@ def _only(key: str, value: object, allowed: object) -> None:
 class EncoderConfig:
     t5_checkpoint: str = _doc("T5 weights inside an official checkpoint directory")
     t5_tokenizer: str = _doc("tokenizer folder inside an official checkpoint directory")
-    text_len: int = _doc("rows of text that the transformer sees; longer prompts are cut with a warning")
+    text_len: int = _doc("rows of text that the transformer sees, for debug.skip_model_load alone")
     default_negative_prompt: str = _doc(
         "used when a request gives no negative prompt; an empty string stays empty"
     )
@@ -66,7 +66,9 @@ class TransformerConfig:
     text_dim: int = _doc("size, for debug.skip_model_load alone")
     in_dim: int = _doc("size, for debug.skip_model_load alone")
     out_dim: int = _doc("size, for debug.skip_model_load alone")
-    patch_size: tuple[int, int, int] = _doc("(frames, rows, columns) of the latent in one token")
+    patch_size: tuple[int, int, int] = _doc(
+        "(frames, rows, columns) of a token, for debug.skip_model_load alone"
+    )
     eps: float = _doc("epsilon of the layer norms, for debug.skip_model_load alone")
 
     def __post_init__(self) -> None:
@@ -179,7 +181,7 @@ class DiffusionConfig:
             _require(
                 value in ("auto", 1, "1"), key, value, f"this version runs on one device; use {key}=auto"
             )
-        _require(self.up_limit >= 1, "infer.diffusion.up_limit", self.up_limit, "must be at least 1")
+        _only("infer.diffusion.up_limit", self.up_limit, 8)
         _only("infer.diffusion.low_mem_level", self.low_mem_level, 0)
         _only("infer.diffusion.enable_flexcache", self.enable_flexcache, False)
 
@@ -233,6 +235,10 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.root_dir.strip()), "output.root_dir", repr(self.root_dir), "name a directory")
+        mode = self.hydra_dump_mode.lower()
+        object.__setattr__(
+            self, "hydra_dump_mode", "off" if mode == "false" else mode
+        )  # YAML reads off as false
         known = self.hydra_dump_mode in HYDRA_DUMP_MODES
         modes = ", ".join(HYDRA_DUMP_MODES)
         _require(known, "output.hydra_dump_mode", self.hydra_dump_mode, f"choose one of {modes}")

@@ -95,7 +95,7 @@ def test_loading_leaves_the_composed_configuration_as_it_was():
         ("infer.diffusion.cp_size", 4, r"infer\.diffusion\.cp_size=4: this version runs on one device"),
         ("infer.diffusion.low_mem_level", 2, r"infer\.diffusion\.low_mem_level=2: not available"),
         ("infer.diffusion.enable_flexcache", True, r"infer\.diffusion\.enable_flexcache=True: not available"),
-        ("infer.diffusion.up_limit", 0, r"infer\.diffusion\.up_limit=0: must be at least 1"),
+        ("infer.diffusion.up_limit", 4, r"infer\.diffusion\.up_limit=4: not available in this version"),
         ("eval.eval_type", ["psnr"], r"eval\.eval_type=\['psnr'\]: not available"),
         ("quant", "int8", r"quant=int8: not available"),
         ("output.root_dir", " ", r"output\.root_dir=' ': name a directory"),

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import weakref
+from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
@@ -13,6 +14,7 @@ import torch
 from checkpoints import random_weights, write_diffusers
 from hydra import compose, initialize_config_module
 
+from chitu_core import logging as chitu_logging
 from chitu_core.config import load
 from chitu_core.environment import Environment
 from chitu_diffusion import (
@@ -594,7 +596,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"text encoder has 384 rows: .*wrong tokenizer for this text encoder"
     ):
-        new_engine(tmp_path, f"models.ckpt_dir={tmp_path / 'weights'}")
+        new_engine(tmp_path, "models=Wan2.1-T2V-1.3B", f"models.ckpt_dir={tmp_path / 'weights'}")
 
 
 def test_several_processes_are_refused(tmp_path):
@@ -720,3 +722,23 @@ def test_bad_keys_of_a_composed_configuration_are_refused(facade):
     facade.infer.max_reqs = 0
     with pytest.raises(ValueError, match=r"infer\.max_reqs=0"):
         chitu_init(facade, logging_level=logging.ERROR)
+
+
+def test_another_network_under_the_name_of_the_demo_model_is_refused(tmp_path):
+    write_diffusers(tmp_path / "weights", random_weights())
+    with pytest.raises(
+        ValueError, match=r"models\.ckpt_dir=.* holds another network than models=demo.*add models="
+    ):
+        new_engine(tmp_path, f"models.ckpt_dir={tmp_path / 'weights'}")
+
+
+def test_the_run_log_begins_with_the_model(tmp_path):
+    chitu_logging.setup(Environment(), logging.INFO)
+    engine = new_engine(tmp_path)
+    task = submit(engine, num_inference_steps=1)
+    run(engine)
+    engine.close()
+    log = (Path(task.buffer.save_path).parent / "run.log").read_text("utf-8")
+    assert "model demo on cpu" in log
+    assert "checkpoint" in log
+    assert "event=START stage=TextEncode" in log

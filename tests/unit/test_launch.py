@@ -289,7 +289,6 @@ def test_the_launch_log_holds_the_summary_and_the_output_of_the_script(folder, c
             {"model": {"name": "demo", "ckpt_dir": "/absent/x"}},
             "model.ckpt_dir '/absent/x' is not a directory",
         ),
-        ({"model": {}}, "model.ckpt_dir must be set for Wan2.1-T2V-1.3B"),
         ({"model": {"name": "x", "ckpt_dir": ""}}, "model.ckpt_dir must be set for x"),
         (
             {"launch": {"enable_launch_log": True}, "output": {"root_dir": "my script.py"}},

@@ -9,7 +9,6 @@ import pytest
 
 from chitu_diffusion.outputs import (
     RequestRecord,
-    VideoRecord,
     check_writable,
     relocate_hydra,
     run_directory,
@@ -94,11 +93,6 @@ def test_the_run_files_hold_what_was_asked_and_with_what(tmp_path):
         "output_dir": str(tmp_path),
     }
     assert (tmp_path / "run_config.yaml").read_text() == "infer:\n  seed: 0\n"
-
-
-def test_the_side_file_of_a_video_has_the_documented_keys():
-    names = [field.name for field in dataclasses.fields(VideoRecord)]
-    assert names == ["filename", "prompt", "seed", "step", "task_id"]
 
 
 @pytest.fixture
