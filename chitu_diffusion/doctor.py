@@ -1,30 +1,19 @@
 """What this machine has and what would be chosen on it: `chitu doctor`."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from dataclasses import dataclass
 
 import av
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-from chitu_core import __version__, attention, plugins
+from chitu_core import __version__, attention
+from chitu_core.attention import Place
 from chitu_core.memory import GIB
 
-_KERNELS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-_OTHER_KERNELS = {
-    "flash_attn": "flash-attn or flash-attn-4",
-    "sageattention": "sageattention",
-    "spas_sage_attn": "spas_sage_attn",
-}
+_WAN_HEAD_DIM = 128
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "av", "triton")
 
 
 @dataclass(frozen=True)
@@ -38,6 +27,26 @@ class Device:
 
 
 @dataclass(frozen=True)
+class AttentionState:
+    """One attention backend on the first device; `missing` says why it cannot run."""
+
+    name: str
+    is_exact: bool
+    gives_lse: bool
+    missing: str | None
+
+
+@dataclass(frozen=True)
+class AutoRank:
+    """One place of the table that `auto` goes through, for one compute capability."""
+
+    capability: str
+    name: str
+    is_measured: bool
+    source: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Facts of a machine; `str` of it is what a person reads."""
 
@@ -45,10 +54,11 @@ class Report:
     packages: dict[str, str]
     devices: tuple[Device, ...]
     video_encoders: dict[str, bool]
-    attention_backends: tuple[str, ...]
+    attention_place: str
     attention_auto: str
-    sdpa_kernels: dict[str, str]  # on the first device: "runs", or why not
-    other_attention: dict[str, str]
+    cross_attention_auto: str
+    attention: tuple[AttentionState, ...]
+    attention_ranking: tuple[AutoRank, ...]
 
     def __str__(self) -> str:
         lines = [f"Python             {self.python}"]
@@ -59,33 +69,60 @@ class Report:
             free = f"{device.free_gib:.1f} of {device.total_gib:.1f} GiB free"
             lines.append(f"  {device.name}: {free}{capability}")
         lines += ["Video"]
-        lines += [
-            f"  {name}: {'present' if is_there else 'missing'}"
-            for name, is_there in self.video_encoders.items()
-        ]
-        lines += ["Attention"]
-        lines += [
-            f"  infer.attn_type=auto takes {self.attention_auto}, exact on every device, the only one so far"
-        ]
-        lines += [f"  backend {name}: present" for name in self.attention_backends]
-        lines += [f"    its kernel {name}: {state}" for name, state in self.sdpa_kernels.items()]
-        lines += [f"  package {name}: {state}" for name, state in self.other_attention.items()]
-        return "\n".join(lines)
+        for name, is_there in self.video_encoders.items():
+            lines.append(f"  {name}: {'present' if is_there else 'missing'}")
+        return "\n".join([*lines, *self._attention_lines()])
+
+    def _attention_lines(self) -> list[str]:
+        lines = [f"Attention on {self.attention_place}"]
+        lines += [f"  infer.attn_type=auto takes {self.attention_auto}, the first below that is present"]
+        lines += [f"  infer.cross_attn_type=auto takes {self.cross_attention_auto}"]
+        for state in self.attention:
+            kind = f"{'exact' if state.is_exact else 'lossy'}{', gives LSE' if state.gives_lse else ''}"
+            lines.append(
+                f"  {state.name:<15} {'present' if state.missing is None else state.missing} ({kind})"
+            )
+        lines += ["What auto tries, fastest first"]
+        for rank in self.attention_ranking:
+            source = rank.source if rank.is_measured else f"unmeasured, {rank.source}"
+            lines.append(f"  sm_{rank.capability:<4} {rank.name:<12} {source}")
+        return lines
 
 
 def report() -> Report:
-    """Look at this machine. Runs one tiny attention per SDPA kernel and loads no model."""
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "av", "triton")
+    """Look at this machine. Tries a tiny attention per backend and loads no model."""
+    place = _place()
+    auto, cross = (
+        attention.choose("auto", place, key=key, cross=is_cross)
+        for key, is_cross in (("infer.attn_type", False), ("infer.cross_attn_type", True))
+    )
     return Report(
         python=platform.python_version(),
-        packages={"chitu-diffusion": __version__} | {name: _version(name) for name in packages},
+        packages={"chitu-diffusion": __version__} | {name: _version(name) for name in _PACKAGES},
         devices=_devices(),
         video_encoders={"libx264 (H.264)": "libx264" in av.codecs_available},
-        attention_backends=tuple(plugins.names("chitu_core.attention")),
-        attention_auto=attention.AUTO,
-        sdpa_kernels={name: _kernel_state(kernel) for name, kernel in _KERNELS.items()},
-        other_attention={name: _package_state(name, package) for name, package in _OTHER_KERNELS.items()},
+        attention_place=str(place),
+        attention_auto=auto,
+        cross_attention_auto=cross,
+        attention=tuple(_state(name, place) for name in attention.names()),
+        attention_ranking=tuple(
+            AutoRank("".join(map(str, capability)), rank.name, rank.is_measured, rank.source)
+            for capability, ranks in attention.RANKING.items()
+            for rank in ranks
+        ),
     )
+
+
+def _place() -> Place:
+    """The first GPU with Wan's head dim in bfloat16, or the CPU in float32."""
+    if not torch.cuda.is_available():
+        return Place("cpu", None, torch.float32, _WAN_HEAD_DIM)
+    return Place("cuda", torch.cuda.get_device_capability(0), torch.bfloat16, _WAN_HEAD_DIM)
+
+
+def _state(name: str, place: Place) -> AttentionState:
+    missing = attention.unavailable(name, place)
+    return AttentionState(name, name not in attention.LOSSY, name in attention.GIVES_LSE, missing)
 
 
 def _version(package: str) -> str:
@@ -96,8 +133,8 @@ def _version(package: str) -> str:
 
 
 def _devices() -> tuple[Device, ...]:
-    page, unit = os.sysconf("SC_PAGE_SIZE"), GIB
-    total, free = (os.sysconf(name) * page / unit for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = (os.sysconf(name) * page / GIB for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
     found = [Device(f"host, {os.cpu_count()} cores", total, free)]
     for index in range(torch.cuda.device_count()):
         free_bytes, total_bytes = torch.cuda.mem_get_info(index)
@@ -105,21 +142,3 @@ def _devices() -> tuple[Device, ...]:
         name = f"cuda:{index} {torch.cuda.get_device_name(index)}"
         found.append(Device(name, total_bytes / GIB, free_bytes / GIB, f"{major}.{minor}"))
     return tuple(found)
-
-
-def _kernel_state(kernel: SDPBackend) -> str:
-    """Whether SDPA runs with this kernel alone, at head dim 128, on the first device."""
-    on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    q = torch.zeros(1, 2, 64, 128, device=device, dtype=dtype)
-    try:
-        with sdpa_kernel(kernel):
-            scaled_dot_product_attention(q, q, q)
-    except RuntimeError:
-        return f"does not run on {device} in {str(dtype).removeprefix('torch.')}"
-    return f"runs on {device}"
-
-
-def _package_state(module: str, package: str) -> str:
-    is_there = importlib.util.find_spec(module) is not None
-    return f"{'installed' if is_there else f'not installed ({package})'}; this version has no backend for it"

@@ -98,6 +98,8 @@ class Generator:
         scale = params.guidance_scale[expert.guidance_index]
         if buffer.expert != expert.name:
             self._enter_expert(task, expert, scale)
+        dit = self.pipeline.experts[expert.name]
+        self.pipeline.attention.enter_step(dit, buffer.current_step, params.num_inference_steps)
         velocity = guided_velocity(partial(self._predict, task), scale)
         buffer.latents = buffer.sampler.step(velocity, buffer.latents)
         buffer.current_step += 1
@@ -227,11 +229,12 @@ class Generator:
             latent_shape=pipeline.spec.latent_shape(params.num_frames, params.height, params.width),
             seq_len=buffer.seq_len or 0,
             experts=tuple(dict.fromkeys(used)),
-            attention=pipeline.attention_name,
+            attention=pipeline.attention.name,
+            cross_attention=pipeline.attention.cross_name,
             dtype=str(self.dtype).removeprefix("torch."),
             device=name,
             flexcache=None,
-            approximations=() if pipeline.attention_is_exact else (f"attention: {pipeline.attention_name}",),
+            approximations=pipeline.attention.approximations(params.num_inference_steps),
             warnings=tuple(task.warnings),
             seconds={stage: round(value, 4) for stage, value in seconds.items()},
             peak_memory=memory.peak(self.device),

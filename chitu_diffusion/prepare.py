@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from chitu_core import attention, weights
+from chitu_core import weights
+from chitu_core.attention import Place
 from chitu_core.config import Config, ModelConfig
+from chitu_diffusion.attention_plan import AttentionPlan, plan_attention
 from chitu_diffusion.checkpoint.layout import Component, locate
 from chitu_diffusion.checkpoint.sizes import dit_config, umt5_config, vae_config
 from chitu_diffusion.encoders.tokenizer import PromptTokenizer
@@ -59,8 +61,7 @@ class Pipeline:
     prompt_encoder: PromptEncoder
     experts: dict[str, WanDiT]
     vae: WanVAE
-    attention_name: str
-    attention_is_exact: bool
+    attention: AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,13 @@ def build_pipeline(config: Config, device: torch.device, dtype: torch.dtype) -> 
     Raises ValueError naming key, file or tensor when the checkpoint is not what it must be; everything that
     headers can tell is checked before any tensor is read.
     """
-    kernel = attention.build(config.infer.attn_type)
     sizes, fill, tokenizer_dir = (
         _random(config, device) if config.debug.skip_model_load else _stored(config, device)
     )
     tokenizer = PromptTokenizer(tokenizer_dir, _text_len(sizes), sizes.encoder.vocab_size)
     _check_fit(sizes)
+    some = next(iter(sizes.experts.values()))
+    attention = plan_attention(config.infer, _place(device, dtype, some), some.num_layers)
     # NOTE T5 overflows in fp16, so bf16 stands in there; the VAE runs in fp32 as the reference does
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     with torch.device("meta"):
@@ -106,11 +108,9 @@ def build_pipeline(config: Config, device: torch.device, dtype: torch.dtype) -> 
     fill(vae, "vae", lambda _: torch.float32)
     for name, expert in experts.items():
         fill(expert, name, lambda parameter: WanDiT.weight_dtype(parameter, dtype))
-        for block in expert.block_list():
-            block.self_attn.attention = kernel
+        attention.install(expert)
     for module in (encoder, vae, *experts.values()):
         module.eval().requires_grad_(False)
-    some = next(iter(sizes.experts.values()))
     spec = ModelSpec(
         experts_of(config.models.sampler),
         sizes.vae.stride,
@@ -119,9 +119,7 @@ def build_pipeline(config: Config, device: torch.device, dtype: torch.dtype) -> 
         _text_len(sizes),
     )
     prompt_encoder = PromptEncoder(tokenizer, encoder, device)
-    return Pipeline(
-        spec, prompt_encoder, experts, vae, type(kernel).__module__.rpartition(".")[2], kernel.is_exact
-    )
+    return Pipeline(spec, prompt_encoder, experts, vae, attention)
 
 
 def _stored(config: Config, device: torch.device) -> tuple[_Sizes, Fill, Path]:
@@ -186,6 +184,12 @@ def _yaml_sizes(model: ModelConfig) -> _Sizes:
 
 def _text_len(sizes: _Sizes) -> int:
     return min(size.text_len for size in sizes.experts.values())
+
+
+def _place(device: torch.device, dtype: torch.dtype, size: WanConfig) -> Place:
+    """Where attention will run."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return Place(device.type, capability, dtype, size.dim // size.num_heads)
 
 
 def _check_fit(sizes: _Sizes) -> None:

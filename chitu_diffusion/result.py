@@ -29,6 +29,7 @@ class TaskResult:
     seq_len: int
     experts: tuple[str, ...]  # in the order in which they ran
     attention: str
+    cross_attention: str
     dtype: str
     device: str
     flexcache: str | None

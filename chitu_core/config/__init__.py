@@ -187,10 +187,42 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    sparsity_ratio: float = _doc("share of key blocks that sparge leaves out, 0 to below 1")
+
+    def __post_init__(self) -> None:
+        ratio = self.sparsity_ratio
+        _require(0 <= ratio < 1, "infer.attn_config.sparsity_ratio", ratio, "must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class AttentionScheduleConfig:
+    exact_first_steps: int = _doc("first steps of a request that run exact while attn_type is a lossy one")
+    exact_last_steps: int = _doc("last steps of a request that do so")
+    exact_layers: tuple[int, ...] = _doc("blocks that do so in every step, counted from 0")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exact_layers", tuple(self.exact_layers))
+        key = "infer.attn_schedule"
+        for name, steps in (("first", self.exact_first_steps), ("last", self.exact_last_steps)):
+            _require(steps >= 0, f"{key}.exact_{name}_steps", steps, "must be 0 or more")
+        legal = all(layer >= 0 for layer in self.exact_layers)
+        _require(legal, f"{key}.exact_layers", list(self.exact_layers), "must be block numbers from 0 on")
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything is to run exact."""
+        return bool(self.exact_first_steps or self.exact_last_steps or self.exact_layers)
+
+
+@dataclass(frozen=True)
 class InferConfig:
     attn_type: str = _doc(
         "self-attention backend: auto (fastest exact one) or a name that `chitu doctor` lists"
     )
+    cross_attn_type: str = _doc("cross-attention backend: auto or an exact one's name")
+    attn_config: AttentionConfig = _doc("settings of single backends")
+    attn_schedule: AttentionScheduleConfig = _doc("where a lossy attn_type gives way to the exact one")
     dtype: str = _doc(
         "of matrix products: auto (float32 on CPU, bfloat16 on CUDA), bfloat16, float16, float32"
     )

@@ -10,13 +10,14 @@ from typing import Any, get_args
 
 from omegaconf import OmegaConf
 
-from chitu_core import launch, plugins
-from chitu_core.attention import ALIASES
+from chitu_core import attention, launch
 from chitu_core.config import DTYPES, HYDRA_DUMP_MODES, Config, ModelConfig
 from chitu_core.environment import LOGGING_LEVELS, Environment
 
 _FOLDER = Path(__file__).parent
 _LONGEST_CELL = 40  # a longer default stands under its table
+
+_NAMES = attention.names()
 
 LEGAL = {  # where the field's own text does not say it
     "models.type": "diffusion-wan",
@@ -24,7 +25,8 @@ LEGAL = {  # where the field's own text does not say it
     "models.sampler.sample_shift": "above 0",
     "models.sampler.guidance_scale": "one value more than `boundary` has",
     "models.sampler.boundary": "one value or none",
-    "infer.attn_type": ", ".join(["auto", *plugins.names("chitu_core.attention"), *ALIASES]),
+    "infer.attn_type": ", ".join(["auto", *_NAMES, *attention.ALIASES]),
+    "infer.cross_attn_type": ", ".join(["auto", *(name for name in _NAMES if name not in attention.LOSSY)]),
     "infer.max_reqs": "1 or more",
     "infer.diffusion.up_limit": "8 in this version",
     "output.hydra_dump_mode": ", ".join(HYDRA_DUMP_MODES),
