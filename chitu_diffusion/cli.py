@@ -21,6 +21,7 @@ from chitu_core import launch
 from chitu_core import logging as chitu_logging
 from chitu_core.config import load
 from chitu_core.environment import Environment
+from chitu_diffusion.bench import attention as bench_attention
 from chitu_diffusion.doctor import report
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.outputs import check_writable
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.verb == "generate":
         options.words += rest
     try:
-        return _doctor(options) if options.verb == "doctor" else _generate(options)
+        return options.run(options)
     except (ValueError, OSError, RuntimeError, HydraException) as error:
         sys.stderr.write(f"Error: {error}\n")
         return 1
@@ -78,9 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--json", action="store_true", help="print the result records in place of the paths"
     )
+    generate.set_defaults(run=_generate)
     verbs.add_parser("run", help="launch from a system_config.yaml", add_help=False)
+    kinds = verbs.add_parser("bench", help="measure").add_subparsers(required=True)
+    one = kinds.add_parser("attention", help="every attention backend at a model's shapes")
+    bench_attention.add_arguments(one)
+    one.set_defaults(run=bench_attention.run)
     doctor = verbs.add_parser("doctor", help="what this machine can do")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 

@@ -31,8 +31,9 @@ PROMPT = "a cat walks on grass " * 40
 WIDTH, HEIGHT, FRAMES = 832, 480, 81
 
 
-def build_engine(model: str, root: str) -> tuple[Engine, float]:
+def build_engine(model: str, root: str, attn_type: str) -> tuple[Engine, float]:
     overrides = [f"models={model}", "debug.skip_model_load=true", f"output.root_dir={root}"]
+    overrides.append(f"infer.attn_type={attn_type}")
     with initialize_config_module("chitu_core.config", version_base=None):
         config = load(compose("serve_config", overrides=overrides))
     begin = time.perf_counter()
@@ -103,14 +104,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--attn-type", default="sdpa", help="of ours; the peer takes cuDNN, as sdpa does")
     parser.add_argument("--skip-14b", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/h200_end_to_end.json"))
     options = parser.parse_args()
     record: dict = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "diffusers": diffusers_version,
         "python": platform.python_version(), "steps": options.steps, "size": f"{WIDTH}x{HEIGHT}x{FRAMES}",
+        "attn_type": options.attn_type,
     }  # fmt: skip
-    engine, record["ours_init_s"] = build_engine("Wan2.1-T2V-1.3B", "/tmp/bench")
+    engine, record["ours_init_s"] = build_engine("Wan2.1-T2V-1.3B", "/tmp/bench", options.attn_type)
     weights_gib = torch.cuda.memory_allocated() / 2**30
     peer = build_peer()
     run_engine(engine, WIDTH, HEIGHT, 2)  # warm-up of both
@@ -133,7 +136,7 @@ def main() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     if not options.skip_14b:
-        engine, record["14b_init_s"] = build_engine("Wan2.1-T2V-14B", "/tmp/bench")
+        engine, record["14b_init_s"] = build_engine("Wan2.1-T2V-14B", "/tmp/bench", options.attn_type)
         record["14b_1280x720x81_2_steps"] = run_engine(engine, 1280, 720, 2)
         print("14B", record["14b_1280x720x81_2_steps"])
         engine.close()
