@@ -4,6 +4,7 @@
 """
 
 from chitu_core.attention._base import Attention, LseAttention, Place
+from chitu_core.attention._parallel import check_ring, spread
 from chitu_core.attention._select import (
     ALIASES,
     CROSS_RANKING,
@@ -30,9 +31,11 @@ __all__ = [
     "Place",
     "Rank",
     "canonical",
+    "check_ring",
     "choose",
     "create",
     "names",
     "ranking",
+    "spread",
     "unavailable",
 ]
