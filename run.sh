@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Picks the Python of the run and hands over to chitu_core/launch.py, which reads system_config.yaml.
-# Usage: bash run.sh [config.yaml] [--num-nodes N] [--gpus-per-node N] [--cfp 1|2] [-h]
+# Usage: bash run.sh [config.yaml] [--num-nodes N] [--gpus-per-node N] [--cfp 1|2|auto] [-h]
 set -eu
 project="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 candidates=("$project/.venv/bin/python" python python3)

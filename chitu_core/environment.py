@@ -1,6 +1,6 @@
 """The documented environment variables, read once into one frozen record and passed on from there.
 
-Only this file and launch.py read os.environ. Source: reference/mission.md 2.5 (no CHITU_ROUTER_PROCESS)."""
+Only this file and the launcher read os.environ. Source: mission.md 2.5 (no CHITU_ROUTER_PROCESS)."""
 
 import os
 from collections.abc import Mapping
@@ -33,6 +33,7 @@ class Environment:
     rank: int = 0  # RANK and below: one process when torchrun or srun did not set them
     local_rank: int = 0
     world_size: int = 1
+    local_world_size: int = 1  # LOCAL_WORLD_SIZE: ranks on this machine; unset: all of WORLD_SIZE
     master_addr: str | None = None
     master_port: int | None = None
 
@@ -41,6 +42,7 @@ class Environment:
         """Read `env`, by default the process's environment. Raises ValueError naming a bad variable."""
         env = os.environ if env is None else env
         world_size = _integer(env, "WORLD_SIZE", 1, lowest=1)
+        local_world_size = _integer(env, "LOCAL_WORLD_SIZE", world_size, lowest=1, highest=world_size)
         output_dir = env.get("CHITU_CURRENT_OUTPUT_DIR")
         port = _integer(env, "MASTER_PORT", 0, lowest=1, highest=65535)
         return cls(
@@ -55,8 +57,9 @@ class Environment:
             config_path=env.get("CONFIG_PATH") or None,
             config_name=env.get("CONFIG_NAME") or None,
             rank=_integer(env, "RANK", 0, lowest=0, highest=world_size - 1),
-            local_rank=_integer(env, "LOCAL_RANK", 0, lowest=0, highest=world_size - 1),
+            local_rank=_integer(env, "LOCAL_RANK", 0, lowest=0, highest=local_world_size - 1),
             world_size=world_size,
+            local_world_size=local_world_size,
             master_addr=env.get("MASTER_ADDR") or None,
             master_port=port or None,
         )

@@ -56,7 +56,8 @@ FORBIDDEN_IMPORTS = {  # folder or file: what it must not know
 FACADES = {"DiffusionBackend", "DiffusionTaskPool"}
 FACADE_FILES = {"__init__.py", "chitu_diffusion_main.py", "backend.py", "task.py"}
 CATCHES_ALL = {"chitu_diffusion/engine.py", "chitu_diffusion/eval/manager.py"}
-READS_ENVIRON = {"chitu_core/environment.py", "chitu_core/launch.py", "chitu_core/distributed/mesh.py"}
+READS_ENVIRON = {"chitu_core/environment.py", "chitu_core/launch.py", "chitu_core/slurm_rank.py"}
+READS_ENVIRON |= {"chitu_core/distributed/mesh.py"}
 READS_ENVIRON |= {"chitu_core/attention/flash_attn.py"}  # the package's own switch, by setdefault
 MODULE_LINES, FUNCTION_LINES, POSITIONAL = 300, 40, 5
 

@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 from omegaconf import OmegaConf
 
-from chitu_core import attention, launch
+from chitu_core import attention
+from chitu_core import launch_settings as launch
 from chitu_core.config import DTYPES, HYDRA_DUMP_MODES, Config, ModelConfig
 from chitu_core.environment import LOGGING_LEVELS, Environment
 
@@ -28,13 +29,19 @@ LEGAL = {  # where the field's own text does not say it
     "infer.attn_type": ", ".join(["auto", *_NAMES, *attention.ALIASES]),
     "infer.cross_attn_type": ", ".join(["auto", *(name for name in _NAMES if name not in attention.LOSSY)]),
     "infer.max_reqs": "1 or more",
-    "infer.diffusion.up_limit": "8 in this version",
+    "infer.diffusion.up_limit": "1 or more",
     "output.hydra_dump_mode": ", ".join(HYDRA_DUMP_MODES),
     "float_16bit_variant": ", ".join(["null", *DTYPES]),
 }
 
 _EXPORTED = {
     "launch.tag": "environment `CHITU_RUN_TAG`",
+    "launch.srun.partition": "`srun --partition`, environment `SRUN_PARTITION`",
+    "launch.srun.cpus_per_gpu": "`srun --cpus-per-gpu`, environment `SRUN_CPUS_PER_GPU`",
+    "launch.srun.mem_per_gpu": "`srun --mem-per-gpu`, in MB, environment `SRUN_MEM_PER_GPU`",
+    "launch.srun.job_name": "`srun --job-name`, after the user's name, environment `SRUN_JOB_NAME`",
+    "launch.srun.gres": "`srun --gres`; null asks for `gpu:<gpus_per_node>`, none for nothing",
+    "launch.srun.extra": "more arguments of srun, as they are",
     "runtime.chitu_debug": "environment `CHITU_DEBUG`",
     "runtime.cuda_launch_blocking": "environment `CUDA_LAUNCH_BLOCKING`",
     "parallel.cfp": "`infer.diffusion.cfg_size` and `cp_size`; nothing for `auto`",
@@ -109,9 +116,10 @@ VARIABLES = (
     ),
     Variable("RANK", "rank", "this process among all; it must be below `WORLD_SIZE`"),
     Variable("LOCAL_RANK", "local_rank", "the GPU that this process takes"),
-    Variable("WORLD_SIZE", "world_size", "processes; more than 1 is refused in this version"),
-    Variable("MASTER_ADDR", "master_addr", "without effect in this version"),
-    Variable("MASTER_PORT", "master_port", "1 to 65535; without effect in this version"),
+    Variable("WORLD_SIZE", "world_size", "processes; set by torchrun, or by the launcher under srun"),
+    Variable("LOCAL_WORLD_SIZE", "local_world_size", "processes on this machine; unset: `WORLD_SIZE`"),
+    Variable("MASTER_ADDR", "master_addr", "where rank 0 is; needed where `WORLD_SIZE` is above 1"),
+    Variable("MASTER_PORT", "master_port", "1 to 65535; needed where `WORLD_SIZE` is above 1"),
 )
 
 

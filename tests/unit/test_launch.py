@@ -1,8 +1,9 @@
-"""The launcher: what it refuses, what it passes on, and that values arrive as they were written."""
+"""The launcher on one rank: what it refuses, what it passes on, and that values arrive as written."""
 
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from chitu_core import launch
+from chitu_core import launch_settings as settings
 from chitu_core.environment import Environment
 
 PROJECT = Path(launch.__file__).parents[1]
@@ -21,7 +23,8 @@ ODD = "/a b/${c}/it's, {d}=[e] \\"  # all that one of the two grammars could tak
 ECHO = """
 import json, os, sys
 names = ("CHITU_PYTHON_BIN", "CHITU_RUN_TAG", "CHITU_DEBUG", "CUDA_LAUNCH_BLOCKING")
-names += ("HYDRA_FULL_ERROR", "WORLD_SIZE")
+names += ("HYDRA_FULL_ERROR", "SRUN_PARTITION")
+names += ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 with open("seen.json", "w") as file:
     json.dump({"argv": sys.argv[1:], "env": {name: os.environ.get(name) for name in names}}, file)
 print("out of the script")
@@ -31,10 +34,14 @@ sys.exit(int(os.environ.get("ECHO_STATUS", "0")))
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working directory with a stand-in script that records what it was given."""
+def folder(tmp_path, tmp_path_factory, monkeypatch):
+    """A working directory with a script that records what it was given, on a machine without srun."""
     (tmp_path / "my script.py").write_text(ECHO)
     monkeypatch.chdir(tmp_path)
+    programs = tmp_path_factory.mktemp("bin")
+    for name in ("bash", "dirname"):
+        (programs / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(programs))
     for name in ("CHITU_PYTHON_BIN", "CHITU_RUN_TAG", "CHITU_DEBUG", "CUDA_LAUNCH_BLOCKING"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
@@ -107,14 +114,17 @@ def test_what_the_file_leaves_out_is_left_to_hydra(folder):
 
 def test_the_shipped_file_names_every_key_and_composes_with_the_packaged_configuration(folder):
     content = yaml.safe_load((PROJECT / "system_config.yaml").read_text())
-    paths = {key.path for key in launch.KEYS if not key.path.startswith("launch.srun.")}
-    assert set(launch._flatten(content, "")) == paths
+    assert set(settings._flatten(content, "")) == {key.path for key in settings.KEYS}
+    defaults = settings.read_settings(PROJECT / "system_config.yaml", {})
+    assert {key.path: defaults[key.path] for key in settings.KEYS if key.path.startswith("launch.")} == {
+        key.path: key.default for key in settings.KEYS if key.path.startswith("launch.")
+    }
     content["launch"]["python_script"] = "my script.py"
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
     assert launch.main(["config.yaml"]) == 0
     with initialize_config_dir(str(PROJECT / "chitu_core" / "config"), version_base=None):
         config = compose(
-            "serve_config", overrides=[*seen(folder)["argv"], f"models.ckpt_dir={launch.quote(ODD)}"]
+            "serve_config", overrides=[*seen(folder)["argv"], f"models.ckpt_dir={settings.quote(ODD)}"]
         )
     assert (config.models.name, config.infer.attn_type, config.infer.diffusion.cfg_size) == (
         "demo",
@@ -164,13 +174,13 @@ def test_the_shipped_file_names_every_key_and_composes_with_the_packaged_configu
     ],
 )
 def test_a_text_is_read_back_by_hydra_as_it_was(text):
-    assert values_in([f"key={launch.quote(text)}"]) == {"key": text}
-    assert values_in([f"key={launch.quote([text, text])}"]) == {"key": [text, text]}
+    assert values_in([f"key={settings.quote(text)}"]) == {"key": text}
+    assert values_in([f"key={settings.quote([text, text])}"]) == {"key": [text, text]}
 
 
 @pytest.mark.parametrize("value", [True, False, 0, 12, []])
 def test_a_plain_value_is_read_back_with_its_type(value):
-    read = values_in([f"key={launch.quote(value)}"])["key"]
+    read = values_in([f"key={settings.quote(value)}"])["key"]
     assert (read, type(read)) == (value, type(value))
 
 
@@ -203,8 +213,31 @@ def test_the_script_gets_the_documented_variables(folder):
         "CHITU_DEBUG": "0",
         "CUDA_LAUNCH_BLOCKING": "1",
         "HYDRA_FULL_ERROR": "1",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": None,
+        "MASTER_ADDR": None,
+        "SRUN_PARTITION": None,
     }
+
+
+def test_a_rank_of_another_job_may_start_a_launch_of_its_own(folder, monkeypatch):
+    for name, value in (
+        ("RANK", "3"),
+        ("LOCAL_RANK", "3"),
+        ("LOCAL_WORLD_SIZE", "8"),
+        ("MASTER_ADDR", "there"),
+    ):
+        monkeypatch.setenv(name, value)  # and no WORLD_SIZE: as a whole it is refused on a rank
+    assert start(folder) == 0
+    inner = seen(folder)["env"]
+    assert [inner[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")] == [
+        "0",
+        "1",
+        None,
+        None,
+    ]
 
 
 def test_the_exit_status_of_the_script_is_passed_on(folder, monkeypatch):
@@ -223,6 +256,7 @@ def test_the_summary_and_the_command_are_shown_before_the_script_runs(folder, ca
     for line in (
         "Launch Summary",
         "config_file: config.yaml",
+        "backend: local (auto)",
         "num_nodes: 1",
         "gpus_per_node: 1",
         "total_gpus: 1",
@@ -264,17 +298,29 @@ def test_the_launch_log_holds_the_summary_and_the_output_of_the_script(folder, c
             "launch.gpus_per_node must be an integer of 1 or more, got True",
         ),
         (
-            {"launch": {"gpus_per_node": 4}},
-            "num_nodes x gpus_per_node is 4, not supported yet",
+            {"launch": {"gpus_per_node": 3}, "parallel": {"cfp": 2}},
+            "total GPUs (3) must be divisible by parallel.cfp (2); legal: 1 or auto",
+        ),
+        ({"parallel": {"cfp": 2}}, "total GPUs (1) must be divisible by parallel.cfp (2); legal: 1 or auto"),
+        (
+            {"launch": {"gpus_per_node": 6}, "parallel": {"cfp": 2}, "overrides": ["infer.dp_size=2"]},
+            "total GPUs (6) must be divisible by parallel.cfp (2) x infer.dp_size (2); legal: 1 or auto",
         ),
         (
-            {"launch": {"gpus_per_node": 3}, "parallel": {"cfp": 2}},
-            "(3) must be divisible by parallel.cfp (2)",
+            {"launch": {"gpus_per_node": 6}, "parallel": {"cfp": 1}, "overrides": ["infer.dp_size=4"]},
+            "parallel.cfp (1) x infer.dp_size (4); legal: infer.dp_size one of 1, 2, 3, 6",
         ),
-        ({"parallel": {"cfp": 2}}, "this version runs one process"),
+        ({"overrides": ["infer.dp_size=x"]}, "infer.dp_size must be an integer of 1 or more, got 'x'"),
+        ({"overrides": ["infer.dp_size=0"]}, "infer.dp_size must be an integer of 1 or more, got '0'"),
         ({"parallel": {"cfp": 3}}, "parallel.cfp must be 1, 2 or auto, got 3"),
         ({"parallel": {"cfp": True}}, "parallel.cfp must be 1, 2 or auto, got True"),
-        ({"launch": {"backend": "srun"}}, "launch.backend must be auto or local, got 'srun'"),
+        (
+            {"launch": {"backend": "mpirun"}},
+            "launch.backend must be auto, srun, torchrun or local, got 'mpirun'",
+        ),
+        ({"launch": {"tag": "a\0b"}}, "launch.tag must be a text"),
+        ({"launch": {"srun": {"extra": "--account=a"}}}, "launch.srun.extra must be a list of texts"),
+        ({"launch": {"srun": {"gres": 2}}}, "launch.srun.gres must be a text"),
         ({"launch": {"python_script": "absent.py"}}, "launch.python_script absent.py is no file"),
         ({"launch": {"num_node": 1}}, "unknown key launch.num_node; did you mean launch.num_nodes?"),
         ({"zzz": 1}, "unknown key zzz; remove it"),
@@ -329,7 +375,7 @@ def test_a_repository_of_the_hub_is_a_checkpoint(folder):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--nodes", "1"], ["a.yaml", "b.yaml"], ["--num-nodes"], ["--num-nodes", "x"]]
+    "argv", [["--nodes", "1"], ["a.yaml", "b.yaml"], ["--num-nodes"], ["--num-nodes", "x"], ["--cfp", "x"]]
 )
 def test_a_command_line_that_cannot_be_read_is_exit_status_2(capfd, argv):
     with pytest.raises(SystemExit) as caught:
@@ -343,6 +389,8 @@ def test_a_command_line_that_cannot_be_read_is_exit_status_2(capfd, argv):
 def test_the_command_line_wins_over_the_file(folder, capfd):
     assert start(folder, "--gpus-per-node", "1", "--cfp", "1", launch={"gpus_per_node": 8}) == 0
     assert "infer.diffusion.cfg_size=1" in seen(folder)["argv"]
+    assert start(folder, "--cfp", "auto", parallel={"cfp": 1}) == 0
+    assert "infer.diffusion.cfg_size=1" not in seen(folder)["argv"]
     assert start(folder, "--cfp", "3") == 1
     assert "parallel.cfp must be 1, 2 or auto, got 3" in capfd.readouterr().err
 
@@ -372,6 +420,7 @@ def test_run_sh_has_help(folder):
     done = run_sh("-h", cwd=folder, CHITU_PYTHON_BIN=sys.executable)
     assert done.returncode == 0
     assert "--gpus-per-node" in done.stdout
+    assert "1|2|auto" in done.stdout
 
 
 def test_an_empty_environment_is_one_process_with_the_documented_defaults():
@@ -401,6 +450,7 @@ def test_every_documented_variable_is_read():
             "RANK": "3",
             "LOCAL_RANK": "1",
             "WORLD_SIZE": "4",
+            "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "host",
             "MASTER_PORT": "50000",
         }
@@ -418,6 +468,7 @@ def test_every_documented_variable_is_read():
         rank=3,
         local_rank=1,
         world_size=4,
+        local_world_size=2,
         master_addr="host",
         master_port=50000,
     )
@@ -433,9 +484,19 @@ def test_every_documented_variable_is_read():
         ("RANK", "1"),
         ("LOCAL_RANK", "-1"),
         ("WORLD_SIZE", "many"),
+        ("LOCAL_WORLD_SIZE", "2"),
         ("MASTER_PORT", "70000"),
     ],
 )
 def test_a_bad_variable_is_named_with_its_value(name, value):
     with pytest.raises(ValueError, match=rf"^{name} must be .*got '{value}'"):
         Environment.read({name: value})
+
+
+def test_without_a_local_world_size_all_ranks_are_on_this_machine():
+    assert Environment.read({"WORLD_SIZE": "4", "LOCAL_RANK": "3"}).local_world_size == 4
+
+
+def test_a_local_rank_is_below_the_local_world_size():
+    with pytest.raises(ValueError, match=r"^LOCAL_RANK must be an integer, from 0 to 1, got '2'"):
+        Environment.read({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "2"})
