@@ -9,10 +9,14 @@ Left out: the Wan2.2 TI2V autoencoder, the posterior's variance, training.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from chitu_diffusion.vaes._strips import Strips  # which builds on this module
 
 WAN21_LATENTS_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -80,7 +84,7 @@ class Stream:
             past = x.new_zeros(conv.kernel_size[0] - conv.stride[0], *x.shape[1:])
         x = torch.cat((past, x))
         self.remember(conv, x)
-        return _conv3d(conv, x)
+        return convolve(conv, x, padding=(0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2))
 
     def conv2d(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """Convolve each frame of [T, H, W, C]; stride 2 pads one zero on the right and at the bottom."""
@@ -107,8 +111,8 @@ class Stream:
         return x
 
 
-def _conv3d(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    padding = (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2)
+def convolve(conv: nn.Conv3d, x: Tensor, padding: tuple[int, int, int]) -> Tensor:
+    """Apply a convolution to [T, H, W, C] with so many zeros on either side of T, H and W."""
     # NOTE: the batch axis comes before the permutation, else the strides are not seen as channels-last.
     clip = x[None].permute(0, 4, 1, 2, 3)  # [1, C, T, H, W]
     has_onednn: bool = torch.backends.mkldnn.is_available()
@@ -297,21 +301,31 @@ class WanVAE(nn.Module):
         self.decoder = Decoder(config)
 
     @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Tensor, strips: "Strips | None" = None) -> Tensor:
         """Encode a video [3, F, H, W] in [-1, 1] to the normalised posterior mean [z, T, H / 8, W / 8], fp32.
 
-        Raises ValueError unless F = 4 (T - 1) + 1 and H and W are multiples of 8.
+        With `strips` the ranks share the work, and each returns the whole. Raises ValueError unless
+        F = 4 (T - 1) + 1 and H and W are multiples of 8.
         """
         self._check_video(video)
-        period = self.config.stride[0]
-        stream, latents = Stream(), []
+        period, scale, _ = self.config.stride
+        stream, latents = Stream() if strips is None else strips.stream(), []
         for frames in torch.split(video, [1] + [period] * ((video.shape[1] - 1) // period), dim=1):
-            x = frames.permute(1, 2, 3, 0).to(self.conv1.weight.dtype).contiguous()
-            moments = pointwise(self.conv1, self.encoder(x, stream))
-            latents.append(moments[..., : self.config.z_dim].float())  # the rest is the log variance
+            x = frames.permute(1, 2, 3, 0)
+            latents.append(self._encode_chunk(x if strips is None else strips.cut(x, scale), stream))
             stream.is_at_start = False
         mean, std = self._mean_and_std(video.device)
-        return ((torch.cat(latents) - mean) / std).permute(3, 0, 1, 2)
+        latent = (torch.cat(latents) - mean) / std
+        return (latent if strips is None else strips.spread(latent)).permute(3, 0, 1, 2)
+
+    def _encode_chunk(self, x: Tensor, stream: Stream) -> Tensor:  # [F, H, W, 3] -> [1, H / 8, W / 8, z]
+        _, *steps = self.config.stride
+        if not x.numel():  # the strip of an idle rank
+            height, width = (side // step for side, step in zip(x.shape[1:3], steps, strict=True))
+            return x.new_empty((1, height, width, self.config.z_dim), dtype=torch.float32)
+        x = x.to(self.conv1.weight.dtype).contiguous()
+        moments = pointwise(self.conv1, self.encoder(x, stream))
+        return moments[..., : self.config.z_dim].float()  # the rest is the log variance
 
     def _check_video(self, video: Tensor) -> None:
         if video.ndim != 4 or video.shape[0] != 3:
@@ -327,28 +341,42 @@ class WanVAE(nn.Module):
                     f"video {axis} must be a multiple of {step}, got {pixels}; crop or resize it"
                 )
 
-    def decode(self, latent: Tensor, latent_frames_per_chunk: int = 1) -> Iterator[Tensor]:
+    def decode(
+        self, latent: Tensor, latent_frames_per_chunk: int = 1, strips: "Strips | None" = None
+    ) -> Iterator[Tensor]:
         """Decode a normalised latent [z, T, h, w] to chunks [3, n, 8 h, 8 w], fp32 in [-1, 1], in order.
 
         The first latent frame gives one video frame, any other four; a chunk is final when it is yielded. In
         memory it is [n, 8 h, 8 w, 3], the layout of pictures. More latent frames a chunk give the same video
-        by fewer and larger kernels in more memory. Raises ValueError for other shapes and for chunks < 1.
+        by fewer and larger kernels in more memory. With `strips` a chunk is this rank's part, which may be
+        empty. Raises ValueError for other shapes and for chunks < 1.
         """
-        if latent.ndim != 4 or latent.shape[0] != self.config.z_dim:
+        if latent.ndim != 4 or latent.shape[0] != self.config.z_dim or not latent.numel():
             raise ValueError(f"latent must be [{self.config.z_dim}, T, h, w], got {list(latent.shape)}")
         if latent_frames_per_chunk < 1:
             raise ValueError(f"latent_frames_per_chunk must be >= 1, got {latent_frames_per_chunk}")
-        return self._decode_chunks(latent, latent_frames_per_chunk)
+        return self._decode_chunks(latent, latent_frames_per_chunk, strips)
 
     @torch.no_grad()
-    def _decode_chunks(self, latent: Tensor, latent_frames_per_chunk: int) -> Iterator[Tensor]:
+    def _decode_chunks(
+        self, latent: Tensor, latent_frames_per_chunk: int, strips: "Strips | None"
+    ) -> Iterator[Tensor]:
         mean, std = self._mean_and_std(latent.device)
-        stream = Stream()
+        stream = Stream() if strips is None else strips.stream()
         for frames in torch.split(latent, latent_frames_per_chunk, dim=1):
-            z = frames.permute(1, 2, 3, 0).float() * std + mean
-            x = pointwise(self.conv2, z.to(self.conv2.weight.dtype))
-            yield self.decoder(x, stream).float().clamp_(-1, 1).permute(3, 0, 1, 2)
+            z = frames.permute(1, 2, 3, 0)
+            z = (z if strips is None else strips.cut(z)).float() * std + mean
+            yield self._decode_chunk(z, stream).permute(3, 0, 1, 2)
             stream.is_at_start = False
+
+    def _decode_chunk(self, z: Tensor, stream: Stream) -> Tensor:  # [T, h, w, z] -> [n, 8 h, 8 w, 3]
+        if not z.numel():  # the strip of an idle rank
+            period, *steps = self.config.stride
+            frame_num = period * len(z) - (period - 1) * stream.is_at_start
+            height, width = (side * step for side, step in zip(z.shape[1:3], steps, strict=True))
+            return z.new_empty(frame_num, height, width, 3)
+        x = pointwise(self.conv2, z.to(self.conv2.weight.dtype))
+        return self.decoder(x, stream).float().clamp_(-1, 1)
 
     def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
         # Made here and not at construction, which may happen on the meta device.
