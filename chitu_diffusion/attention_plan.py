@@ -3,11 +3,13 @@
 Attention is a value of a block, so a schedule is an exchange of values between two steps; nothing is patched.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chitu_core import attention
-from chitu_core.attention import Attention, Place
+from chitu_core.attention import Attention, Place, check_ring, spread
 from chitu_core.config import AttentionScheduleConfig, InferConfig
+from chitu_core.distributed import ParallelMesh
+from chitu_core.distributed.collectives import TokenShard
 from chitu_diffusion.models.wan import WanDiT
 
 
@@ -29,6 +31,12 @@ class AttentionPlan:
     def cross_name(self) -> str:
         """The cross-attention backend."""
         return self.cross.name
+
+    def spread(self, mesh: ParallelMesh, tokens: TokenShard | None) -> "AttentionPlan":
+        """The same for a rank that holds a part of each sequence; cross-attention needs no other rank."""
+        chosen = spread(self.chosen, mesh, tokens)
+        exact = chosen if self.exact is self.chosen else spread(self.exact, mesh, tokens)
+        return replace(self, chosen=chosen, exact=exact)
 
     def install(self, dit: WanDiT) -> None:
         """Give every block its attention."""
@@ -62,11 +70,11 @@ class AttentionPlan:
         return step < self.schedule.exact_first_steps or step >= total - self.schedule.exact_last_steps
 
 
-def plan_attention(infer: InferConfig, place: Place, num_layers: int) -> AttentionPlan:
-    """Choose and make the backends that the configuration names, for `place`.
+def plan_attention(infer: InferConfig, place: Place, num_layers: int, ring: int = 1) -> AttentionPlan:
+    """Choose and make the backends that the configuration names, for `place` and a ring of `ring` ranks.
 
-    Raises ValueError for an unknown name or a schedule that cannot apply, RuntimeError for a backend that
-    cannot run.
+    Raises ValueError for an unknown name, a backend that a ring cannot use or a schedule that cannot apply,
+    RuntimeError for a backend that cannot run.
     """
     options = {"sparsity_ratio": infer.attn_config.sparsity_ratio}
     name = attention.choose(infer.attn_type, place, key="infer.attn_type")
@@ -86,4 +94,6 @@ def plan_attention(infer: InferConfig, place: Place, num_layers: int) -> Attenti
             )
     if not chosen.is_exact:
         exact = attention.create(attention.choose("auto", place, key="infer.attn_schedule"), place)
+    for kernel in (chosen, exact):
+        check_ring(kernel, ring)
     return AttentionPlan(chosen, exact, cross, schedule)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from chitu_core import launch
 from chitu_core import logging as chitu_logging
 from chitu_core.config import load
+from chitu_core.distributed import RankFailure
 from chitu_core.environment import Environment
 from chitu_diffusion.bench import attention as bench_attention
 from chitu_diffusion.doctor import report
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, OSError, RuntimeError, HydraException) as error:
-        sys.stderr.write(f"Error: {error}\n")
+        sys.stderr.write(f"Error: {error}\n" if _speaks(error) else "")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("Error: interrupted\n")
@@ -122,7 +123,7 @@ def _generate(options: argparse.Namespace) -> int:
     environment = Environment.read()
     chitu_logging.setup(environment)
     engine = Engine(load(args), TaskPool(), environment)
-    shows_bar = sys.stderr.isatty() and not environment.debug
+    shows_bar = sys.stderr.isatty() and not environment.debug and environment.rank == 0
     if shows_bar:
         chitu_logging.set_console_level(logging.WARNING)
     try:
@@ -132,7 +133,7 @@ def _generate(options: argparse.Namespace) -> int:
         _run(engine, tasks, shows_bar)
     finally:
         engine.close()
-    return _tell(tasks, as_json=options.json)
+    return _tell(tasks, as_json=options.json, is_quiet=environment.rank > 0)
 
 
 def _prompts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -196,10 +197,17 @@ def _run(engine: Engine, tasks: Sequence[DiffusionTask], shows_bar: bool) -> Non
             bar.update(sum(task.current_step for task in tasks) - bar.n)
 
 
-def _tell(tasks: Sequence[DiffusionTask], as_json: bool) -> int:
+def _speaks(error: Exception) -> bool:
+    """Whether this rank tells of an error: one a machine of what all see, any rank of its own failure."""
+    return Environment.read().local_rank == 0 or isinstance(error, RankFailure)
+
+
+def _tell(tasks: Sequence[DiffusionTask], as_json: bool, is_quiet: bool) -> int:
     """Failures to standard error, then the results to standard output, the last of them on the last line."""
     failed = [task for task in tasks if task.result is None]
     results = [task.result for task in tasks if task.result is not None]
+    if is_quiet:  # rank 0 says it for all
+        return 1 if failed else 0
     for task in failed:
         sys.stderr.write(f"Error: {task.phase}: {task.error_message}\n")
     for result in results:

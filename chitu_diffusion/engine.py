@@ -1,22 +1,34 @@
-"""One engine: the networks of a model, a pool of tasks, and `step`, which advances one task by one step."""
+"""One engine: the networks of a model, a pool of tasks, and `step`, which advances tasks by one step.
 
+On several ranks every rank has an engine. Rank 0 gives orders at each step, all obey and report, and all
+record the same: only `step` changes a task's status, so a loop that every rank runs ends everywhere alike.
+"""
+
+import json
 import logging
-import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from enum import Enum
+from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from chitu_core import memory
 from chitu_core.config import Config
+from chitu_core.distributed import Degrees, RankFailure, open_mesh, plan_degrees
 from chitu_core.environment import Environment
+from chitu_diffusion.attention_plan import AttentionPlan, plan_attention
 from chitu_diffusion.generator import Generator
-from chitu_diffusion.prepare import Pipeline, build_pipeline, pick_device, pick_dtype
-from chitu_diffusion.resolve import remarks, resolve
+from chitu_diffusion.guidance import needs_cfg
+from chitu_diffusion.ledger import Ledger
+from chitu_diffusion.orders import Orders, Report, Run
+from chitu_diffusion.outputs import RequestRecord
+from chitu_diffusion.prepare import Pipeline, Survey, build_pipeline, pick_device, pick_dtype, survey
 from chitu_diffusion.run_folder import RunFolder
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.stage_log import StageLog
-from chitu_diffusion.task import DiffusionTask, DiffusionTaskBuffer, DiffusionTaskStatus, TaskPool
+from chitu_diffusion.task import DiffusionTask, DiffusionTaskStatus, TaskPool
 
 logger = logging.getLogger(__name__)
 
@@ -37,24 +49,38 @@ class Engine:
     """Everything that one process runs, built from one configuration. Two engines do not see each other."""
 
     def __init__(self, config: Config, pool: TaskPool, environment: Environment) -> None:
-        """Build all networks. Raises ValueError for a configuration or a checkpoint that cannot work."""
-        if environment.world_size > 1:
-            raise ValueError(f"WORLD_SIZE={environment.world_size}: this version runs in one process")
+        """Join the other ranks and build all networks.
+
+        Raises ValueError for a configuration or a checkpoint that cannot work; what can be told without other
+        ranks is told before they are joined. Raises RuntimeError for what went wrong on another rank.
+        """
         self.config = config
         self.pool = pool
         self.scheduler = DiffusionScheduler(config.infer.schedule_policy, config.infer.max_reqs)
-        self.log = StageLog(environment, config.output.enable_timer_dump)
-        self.device = pick_device(config.infer.op_impl, environment.local_rank)
+        local = (environment.local_rank, environment.local_world_size)
+        self.device = pick_device(config.infer.op_impl, *local)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.folder = RunFolder(config, environment)
         with ExitStack() as undo:
             undo.callback(self.folder.end_log)  # the run's log listens from here on
             logger.info("model %s on %s, matrix products in %s", config.models.name, self.device, self.dtype)
-            pipeline = build_pipeline(config, self.device, self.dtype)
+            found = survey(config, self.device, self.dtype)
+            degrees = _plan(config, found, environment)
+            attention = plan_attention(config.infer, found.place, found.sizes.dit.num_layers, degrees.ring)
+            self.mesh = open_mesh(degrees, environment, self.device)
+            undo.callback(self.mesh.close)
+            self.channel = self.mesh.channel()
+            self._check_alike(attention)
+            pipeline = self._build(found, attention)
             undo.pop_all()
-        self.generator: Generator | None = Generator(pipeline, config, self.device, self.dtype, self.folder)
+        self.log = StageLog(environment, config.output.enable_timer_dump, is_quiet=not self.mesh.is_leader)
+        self.ledger = Ledger(pool, self.mesh, config, self.log)
+        self.generator: Generator | None = Generator(
+            pipeline, config, self.mesh, self.folder, device=self.device, dtype=self.dtype
+        )
+        self._is_amid_step = False
         self.state = BackendState.Initialized
-        self._adopt()
+        self.ledger.adopt()
 
     @property
     def pipeline(self) -> Pipeline:
@@ -68,94 +94,180 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Carry out wishes, then advance one task by one stage step; return if there is nothing to do.
+        """Carry out wishes, then advance one task of each replica by one stage step; return if there is none.
 
-        A task that raises becomes Failed with its message, and the next call goes on with the others.
+        A task that raises becomes Failed with its message, and the next call goes on with the others. Every
+        rank must call this; a rank above 0 waits for orders. Raises RankFailure if this rank failed where
+        others wait for it: the job then ends.
         """
         generator = self._generator()
         self.state = BackendState.Running
-        for task in self.pool.pool.values():
-            if task.is_terminate_signal() and task.status == DiffusionTaskStatus.Pending:
-                # ended, so that an engine built later does not obey it too
-                self._finish(task, DiffusionTaskStatus.Completed, None)
-                self.close()
-                return
-        for task in self.pool.unfinished():
-            if task.cancel_requested:
-                self._finish(task, DiffusionTaskStatus.Cancelled, "cancelled")
-        for task_id in self.scheduler.schedule(self.pool):
-            self._advance(self.pool.pool[task_id], generator)
+        self._is_amid_step = True
+        own = self._orders().encode() if self.mesh.rank == 0 else ""
+        with self.mesh.guard("orders", everybody=True):
+            orders = Orders.decode(self.channel.agree(own))
+        if orders.run_dir is not None and self.mesh.rank > 0:
+            self.folder.adopt(Path(orders.run_dir))
+        self.ledger.accept(orders)
+        if not (orders.is_last or orders.is_idle):
+            report = self._advance(orders.runs[self.mesh.place.dp], generator)
+            with self.mesh.guard("reports", everybody=True):
+                texts = self.channel.gather(report.encode())
+            reports = [Report.decode(text) for text in texts]
+            self.ledger.record(orders, reports)
+            if any(report.failure is not None for report in reports):
+                self._free()
+        self._is_amid_step = False
+        if orders.is_last:
+            self._end()
 
     def close(self) -> None:
-        """Cancel what is unfinished, write the run's last files and let go of all networks."""
+        """Cancel what is unfinished, write the run's last files and let go of all networks.
+
+        On a rank above 0 this waits for rank 0 to do so, and obeys it until then.
+        """
+        if self._is_amid_step:  # an exception left it: the ranks are out of step, and only this one can end
+            self.mesh.abandon("left amid a step")
+            self._end()
+        elif self.generator is not None and self.mesh.rank == 0:
+            self.channel.agree(Orders(is_last=True).encode())
+            self._end()
+        while self.generator is not None:
+            self.step()
+
+    def _end(self) -> None:
         if self.generator is None:
             return
         self.state = BackendState.Terminating
         for task in self.pool.unfinished():
-            self._finish(task, DiffusionTaskStatus.Cancelled, "terminated")
+            self.ledger.finish(task, DiffusionTaskStatus.Cancelled, "terminated")
         self.pool.attach(None)
         timer, self.generator = self.generator.timer, None
         try:
-            self.folder.close(timer)
+            if self.mesh.rank == 0:
+                self.folder.close(timer)
         finally:  # a full disk must not keep the next engine from being built
+            if not self._is_amid_step:
+                self.mesh.close()
+            self._is_amid_step = False
             self._free()
             self.state = BackendState.Terminated
+        if self.mesh.rank > 0:
+            self.folder.close(timer)
 
     def _generator(self) -> Generator:
         if self.generator is None:
             raise RuntimeError("this engine is terminated; call chitu_init for a new one")
         return self.generator
 
-    def _adopt(self) -> None:
-        """Complete the requests of tasks that came before the engine, and of those to come."""
-        for task in self.pool.unfinished():
-            try:
-                self._admit(task)
-            except ValueError as error:
-                self._finish(task, DiffusionTaskStatus.Failed, str(error))
-        self.pool.attach(self._admit)
-
-    def _admit(self, task: DiffusionTask) -> None:
-        """Complete a task's request. Raises ValueError if it does not fit the model."""
-        if task.req is None or task.req.params is None:
-            raise ValueError(
-                f"task_id={task.task_id!r} has no request; make it with DiffusionTask.from_user_request"
-            )
-        if task.req.init_image is not None:
-            raise ValueError(
-                f"init_image: {self.config.models.name} makes video from text alone; leave it out"
-            )
-        task.params = resolve(task.req.params, self.config.models)
-        flexcache_is_enabled = self.config.infer.diffusion.enable_flexcache
-        for remark in remarks(task.params, self.config.models, flexcache_is_enabled):
-            self.log.warning(task.task_id, remark)
-            task.warnings.append(remark)
-
-    def _advance(self, task: DiffusionTask, generator: Generator) -> None:
-        task.status = DiffusionTaskStatus.Running
-        task.started_at = task.started_at or time.time()
-        failure, ran_out = None, False
+    def _build(self, found: Survey, attention: AttentionPlan) -> Pipeline:
+        """Make the networks on every rank, or on none."""
+        pipeline, error = None, None
         try:
-            if generator.step(task, self.log):
-                self._finish(task, DiffusionTaskStatus.Completed, None)
+            pipeline = build_pipeline(self.config, found, attention, self.mesh, self.device)
+        except (ValueError, RuntimeError, OSError) as caught:
+            error = caught
+        failures = self.channel.gather("" if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(failures):
+            if failure:
+                raise RuntimeError(f"rank {rank} cannot start: {failure}")
+        assert pipeline is not None
+        return pipeline
+
+    def _check_alike(self, attention: AttentionPlan) -> None:
+        """Ranks that differ would compute different things without a word. Raises ValueError."""
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        own = {
+            "configuration": OmegaConf.to_yaml(asdict(self.config)),
+            "device": gpu,
+            "torch": torch.__version__,
+            "attention": attention.name,
+        }
+        first, *others = map(json.loads, self.channel.gather(json.dumps(own)))
+        for rank, other in enumerate(others, start=1):
+            differing = [key for key in own if other[key] != first[key]]
+            if differing:
+                raise ValueError(
+                    f"rank {rank} differs from rank 0 in {', '.join(differing)}; start all alike"
+                )
+
+    def _orders(self) -> Orders:
+        """What rank 0 wants done: shut down before cancel before the next task of each replica."""
+        for task in self.pool.pool.values():
+            if task.is_terminate_signal() and task.status == DiffusionTaskStatus.Pending:
+                # ended, so that an engine built later does not obey it too
+                self.ledger.finish(task, DiffusionTaskStatus.Completed, None)
+                return Orders(is_last=True)
+        cancelled = tuple(task.task_id for task in self.pool.unfinished() if task.cancel_requested)
+        for task_id in cancelled:
+            self.ledger.finish(self.pool.pool[task_id], DiffusionTaskStatus.Cancelled, "cancelled")
+        runs: list[Run | None] = []
+        refused: dict[str, str] = {}
+        for replica in range(self.mesh.degrees.dp):
+            runs.append(None)
+            for task_id in self.scheduler.schedule(self.pool.share(replica)):
+                task = self.pool.pool[task_id]
+                try:
+                    self._open_folder(task)
+                except (ValueError, OSError) as error:
+                    refused[task_id] = f"{type(error).__name__}: {error}"
+                    self.ledger.finish(task, DiffusionTaskStatus.Failed, refused[task_id])
+                    continue
+                runs[replica] = Run.of(task)
+                task.replica = replica
+        run_dir = None if self.folder.path is None else str(self.folder.path.absolute())
+        return Orders(tuple(runs), cancelled, refused, run_dir)
+
+    def _open_folder(self, task: DiffusionTask) -> None:
+        """Make the run directory, where the run's log begins, for a task whose video goes there."""
+        assert task.params is not None
+        if task.replica is None and task.params.save_path is None and task.params.save_dir is None:
+            self.folder.open(task.params.prompt)
+            self.folder.add_request(RequestRecord(task.task_id, task.params))
+
+    def _advance(self, run: Run | None, generator: Generator) -> Report:
+        """This rank's part of a step. What it raises is reported; all ranks decide if the task failed."""
+        wishes = tuple(task.task_id for task in self.pool.unfinished() if task.cancel_requested)
+        if run is None:
+            return Report(wishes=wishes)
+        task = self.pool.pool[run.task_id]
+        failure, is_complete = None, False
+        try:
+            is_complete = generator.step(task, self.log)
+        except RankFailure:
+            raise
         except Exception as error:  # the one place where a task's failure becomes its status
             logger.exception("task_id=%s failed", task.task_id)
-            ran_out = memory.is_out_of_memory(error)
             failure = f"{type(error).__name__}: {error}"
-        if failure is not None:  # NOTE outside of `except`, where the traceback would keep the tensors alive
-            message = f"out of memory; {_ADVICE} ({failure})" if ran_out else failure
-            self._finish(task, DiffusionTaskStatus.Failed, message)
-            self._free()
-
-    def _finish(self, task: DiffusionTask, status: DiffusionTaskStatus, message: str | None) -> None:
-        """End a task and free what it holds, but for the path of its video and its step count."""
-        task.status = status
-        task.error_message = message
-        task.finished_at = time.time()
-        task.buffer = DiffusionTaskBuffer(
-            current_step=task.buffer.current_step, save_path=task.buffer.save_path
+            if memory.is_out_of_memory(error):
+                failure = f"out of memory; {_ADVICE} ({failure})"
+        return Report(
+            failure=failure,
+            is_complete=is_complete,
+            stage=task.task_type.name,
+            current_step=task.current_step,
+            save_path=task.buffer.save_path,
+            result=None if task.result is None else asdict(task.result),
+            wishes=wishes,
         )
 
     def _free(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _plan(config: Config, found: Survey, environment: Environment) -> Degrees:
+    """How the ranks are used, from the model's default guidance and what the user fixed."""
+    infer = config.infer
+    return plan_degrees(
+        environment.world_size,
+        found.sizes.dit.num_heads,
+        infer.diffusion.up_limit,
+        any(needs_cfg(scale) for scale in config.models.sampler.guidance_scale),
+        dp=infer.dp_size,
+        cfg=infer.diffusion.cfg_size,
+        cp=infer.diffusion.cp_size,
+        ranks_per_node=environment.local_world_size,
+    )

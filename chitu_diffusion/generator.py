@@ -1,30 +1,35 @@
 """The algorithm: a task's stages, one method each. A step of the engine is one call of one of them.
 
 A prompt becomes embeddings; noise becomes a latent, a step a call; the latent becomes a video file.
+All ranks of a replica take the same steps; its leader alone writes.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from chitu_core import __version__, memory, plugins
+from chitu_core import memory, plugins
 from chitu_core.config import Config
+from chitu_core.distributed import ParallelMesh
 from chitu_core.timing import Timer
-from chitu_diffusion.guidance import guided_velocity, needs_cfg
-from chitu_diffusion.media import VideoWriter, unique_path, write_json
-from chitu_diffusion.outputs import RequestRecord, check_writable, video_stem
+from chitu_diffusion.guidance import branches_of, guided_velocity, needs_cfg
+from chitu_diffusion.media import WRITE_ERRORS, VideoWriter, to_pixels, write_json
+from chitu_diffusion.outputs import check_writable, video_stem
 from chitu_diffusion.params import SOLVERS
 from chitu_diffusion.prepare import Pipeline
+from chitu_diffusion.record import result_of
 from chitu_diffusion.resolve import ResolvedParams
-from chitu_diffusion.result import TaskResult
 from chitu_diffusion.run_folder import RunFolder
 from chitu_diffusion.seam import Branch
-from chitu_diffusion.spec import Expert
+from chitu_diffusion.sequence import NO_SHARD
 from chitu_diffusion.stage_log import StageLog
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskType
+from chitu_diffusion.vaes._strips import Strips
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +41,23 @@ class Generator:
     """Advances tasks on one device. It keeps nothing of a task; all state is in the task's buffer."""
 
     def __init__(
-        self, pipeline: Pipeline, config: Config, device: torch.device, dtype: torch.dtype, folder: RunFolder
+        self,
+        pipeline: Pipeline,
+        config: Config,
+        mesh: ParallelMesh,
+        folder: RunFolder,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.pipeline = pipeline
         self.config = config
+        self.mesh = mesh
+        self.folder = folder
         self.device = device
         self.dtype = dtype
-        self.folder = folder
+        self._pair = mesh.branches()
+        self._line = mesh.line()
         self.timer = Timer(device, config.output.enable_timer_dump)
         self._stages = {
             Stage.TextEncode: self.text_encode_step,
@@ -77,62 +92,112 @@ class Generator:
         return task.current_step / task.params.num_inference_steps if task.params else 0.0
 
     def text_encode_step(self, task: DiffusionTask, log: StageLog) -> Stage:
-        """Encode the prompt, and the negative prompt where guidance needs it, once files can be written."""
-        params, buffer = _params(task), task.buffer
+        """Encode the texts that this rank needs, once files can be written, and prepare the first step."""
+        params, buffer, scales = _params(task), task.buffer, _params(task).guidance_scale
         memory.reset_peak(self.device)
-        self._prepare_outputs(task)
-        buffer.text_embeddings = self._encode("prompt", params.prompt, task, log)
-        if any(needs_cfg(scale) for scale in params.guidance_scale):
-            buffer.negative_embeddings = self._encode("negative_prompt", params.negative_prompt, task, log)
+        if self.mesh.is_leader:
+            self._check_outputs(params)
+        own = {branch for scale in scales for branch in branches_of(scale, self._pair)}
+        buffer.text_embeddings = self._encode("prompt", params.prompt, task, log, "cond" in own)
+        if any(needs_cfg(scale) for scale in scales):
+            text = params.negative_prompt
+            buffer.negative_embeddings = self._encode("negative_prompt", text, task, log, "uncond" in own)
+        self._start_denoise(task)
         return Stage.Denoise
 
     def denoise_step(self, task: DiffusionTask, log: StageLog) -> Stage:
-        """Predict the guided velocity at the present noise level and take the sampler's step with it."""
+        """Predict the guided velocity at the present noise level and take the sampler's step with it.
+
+        NOTE what may fail on one rank alone stands before or after the exchanges of the prediction, never
+        between a report and them: so the next step is prepared here, and the first one with the texts.
+        """
         params, buffer = _params(task), task.buffer
-        if buffer.sampler is None:
-            self._start_denoise(task)
-        assert buffer.sampler is not None
-        assert buffer.latents is not None
-        timestep = buffer.sampler.timesteps[buffer.current_step]
-        expert = self.pipeline.spec.select_expert(timestep)
-        scale = params.guidance_scale[expert.guidance_index]
-        if buffer.expert != expert.name:
-            self._enter_expert(task, expert, scale)
-        dit = self.pipeline.experts[expert.name]
-        self.pipeline.attention.enter_step(dit, buffer.current_step, params.num_inference_steps)
-        velocity = guided_velocity(partial(self._predict, task), scale)
+        with self.mesh.guard("denoising"):
+            if buffer.sampler is None:  # of a task that was serialized: its history is lost
+                self._start_denoise(task)
+            assert buffer.sampler is not None
+            assert buffer.latents is not None
+            timestep = buffer.sampler.timesteps[buffer.current_step]
+            expert = self.pipeline.spec.select_expert(timestep)
+            dit, scale = self.pipeline.experts[expert.name], params.guidance_scale[expert.guidance_index]
+            self.pipeline.attention.enter_step(dit, buffer.current_step, params.num_inference_steps)
+            velocity = guided_velocity(partial(self._predict, task), scale, self._pair)
         buffer.latents = buffer.sampler.step(velocity, buffer.latents)
         buffer.current_step += 1
         log.progress(task.task_id, buffer.current_step, params.num_inference_steps, timestep)
-        return Stage.VAEDecode if buffer.current_step == params.num_inference_steps else Stage.Denoise
+        if buffer.current_step < params.num_inference_steps:
+            self._enter_expert(task)
+            return Stage.Denoise
+        if not torch.isfinite(
+            buffer.latents
+        ).all():  # the one host read of a task; a black video says nothing
+            remedy = "check the checkpoint" if self.dtype == torch.float32 else "try infer.dtype=float32"
+            raise FloatingPointError(f"denoising in {self.dtype} gave values that are not finite; {remedy}")
+        return Stage.VAEDecode
 
     def vae_decode_step(self, task: DiffusionTask, log: StageLog) -> None:
         """Decode the latent chunk by chunk into the video file, which appears when it is whole."""
         params, latents = _params(task), task.buffer.latents
         assert latents is not None
-        if not torch.isfinite(latents).all():  # the one host read of a task; a black video says nothing
-            remedy = "check the checkpoint" if self.dtype == torch.float32 else "try infer.dtype=float32"
-            raise FloatingPointError(f"denoising in {self.dtype} gave values that are not finite; {remedy}")
-        path = self._video_path(task)
-        with VideoWriter(path, params.fps, (params.width, params.height)) as writer:
-            for frames in self.pipeline.vae.decode(latents):
-                writer.put(frames)
-        task.buffer.save_path = str(path)
-        log.saved(task.task_id, str(path))
+        failure: Exception | None = None
+        with ExitStack() as stack:
+            writer = None
+            try:
+                writer = stack.enter_context(self._open_writer(params)) if self.mesh.is_leader else None
+            except WRITE_ERRORS as error:
+                failure = self._postpone(error)
+            with self.mesh.guard("decoding"):
+                failure = self._decode(latents, writer) or failure
+            if failure is not None:
+                raise failure
+            if writer is not None:
+                task.buffer.save_path = str(writer.close())
+                log.saved(task.task_id, task.buffer.save_path)
 
-    def _encode(self, key: str, text: str, task: DiffusionTask, log: StageLog) -> Tensor:
-        encoded = self.pipeline.prompt_encoder.encode(text)
-        if encoded.num_dropped:
+    def _decode(self, latents: Tensor, writer: VideoWriter | None) -> Exception | None:
+        """Decode with all ranks of the replica; its leader writes. What the disk refused comes back."""
+        failure: Exception | None = None
+        for pixels in self._pixels(latents):
+            if pixels is None or writer is None or failure is not None:
+                continue
+            try:
+                writer.put(pixels)
+            except WRITE_ERRORS as error:
+                failure = self._postpone(error)
+        return failure
+
+    def _postpone(self, error: Exception) -> Exception:
+        """A disk that refuses must not keep the leader from the exchanges that other ranks wait for."""
+        if self._line is None:
+            raise error
+        return error
+
+    def _pixels(self, latents: Tensor) -> Iterator[Tensor | None]:
+        """Pictures [n, H, W, 3] uint8, chunk by chunk, on the leader; None on the replica's other ranks."""
+        if self._line is None:
+            yield from map(to_pixels, self.pipeline.vae.decode(latents))
+            return
+        strips = Strips(self._line, *latents.shape[-2:])
+        scale = self.pipeline.spec.vae_stride[1]
+        for frames in self.pipeline.vae.decode(latents, strips=strips):
+            yield strips.collect(to_pixels(frames), scale)
+
+    def _encode(
+        self, key: str, text: str, task: DiffusionTask, log: StageLog, is_needed: bool
+    ) -> Tensor | None:
+        """Embeddings of a text where this rank needs them; that one is too long is remarked on every rank."""
+        tokens = self.pipeline.prompt_encoder.tokenize(text)
+        if tokens.num_dropped:
             limit = self.pipeline.spec.text_len
-            remark = f"{key} is longer than {limit} tokens; {encoded.num_dropped} were dropped"
+            remark = f"{key} is longer than {limit} tokens; {tokens.num_dropped} were dropped"
             log.warning(task.task_id, remark)
             task.warnings.append(remark)
-        return encoded.embeddings
+        return self.pipeline.prompt_encoder.embed(tokens) if is_needed else None
 
     def _start_denoise(self, task: DiffusionTask) -> None:
         """Draw the noise from the task's seed on the device and build the task's own sampler.
 
-        NOTE a task that was serialized comes without its sampler and starts again here: its history is lost.
+        Every rank draws the whole noise, so that it does not depend on how many there are.
         """
         params, buffer, spec = _params(task), task.buffer, self.pipeline.spec
         buffer.current_step, buffer.expert = 0, None
@@ -146,17 +211,23 @@ class Generator:
         buffer.seed_g = torch.Generator(self.device).manual_seed(params.seed)
         buffer.latents = torch.randn(shape, generator=buffer.seed_g, device=self.device, dtype=torch.float32)
         buffer.timesteps = torch.tensor(buffer.sampler.timesteps, device=self.device)
+        self._enter_expert(task)
 
-    def _enter_expert(self, task: DiffusionTask, expert: Expert, scale: float) -> None:
-        """Project the text for an expert, once; what was made for the former one is dropped."""
-        buffer, dit = task.buffer, self.pipeline.experts[expert.name]
+    def _enter_expert(self, task: DiffusionTask) -> None:
+        """Project the text for the next step's expert, if it is another; the former one's is dropped."""
+        params, buffer = _params(task), task.buffer
+        assert buffer.sampler is not None
+        expert = self.pipeline.spec.select_expert(buffer.sampler.timesteps[buffer.current_step])
+        if buffer.expert == expert.name:
+            return
         buffer.expert = expert.name
         buffer.text_caches.clear()
-        assert buffer.text_embeddings is not None
-        buffer.text_caches["cond"] = dit.encode_text(buffer.text_embeddings[None])
-        if needs_cfg(scale):
-            assert buffer.negative_embeddings is not None
-            buffer.text_caches["uncond"] = dit.encode_text(buffer.negative_embeddings[None])
+        dit, scale = self.pipeline.experts[expert.name], params.guidance_scale[expert.guidance_index]
+        texts = {"cond": buffer.text_embeddings, "uncond": buffer.negative_embeddings}
+        for branch in branches_of(scale, self._pair):
+            embeddings = texts[branch]
+            assert embeddings is not None
+            buffer.text_caches[branch] = dit.encode_text(embeddings[None])
         logger.debug("task_id=%s | expert %s, guidance %s", task.task_id, expert.name, scale)
 
     def _predict(self, task: DiffusionTask, branch: Branch) -> Tensor:
@@ -166,29 +237,32 @@ class Generator:
         assert buffer.timesteps is not None
         assert buffer.expert is not None
         dit, t = self.pipeline.experts[buffer.expert], buffer.timesteps[buffer.current_step]
-        velocity: Tensor = dit(buffer.latents[None], t, buffer.text_caches[branch])
+        shard = self.pipeline.tokens or NO_SHARD
+        velocity: Tensor = dit(buffer.latents[None], t, buffer.text_caches[branch], shard=shard)
         return velocity[0]
 
-    def _prepare_outputs(self, task: DiffusionTask) -> None:
-        """See that the video can be written, and open the run directory, where the run's log begins."""
-        params = _params(task)
+    def _check_outputs(self, params: ResolvedParams) -> None:
+        """See that the video can be written before it is made."""
         if params.save_path is not None:
             check_writable(Path(params.save_path), "save_path")
-        elif params.save_dir is not None:
-            check_writable(Path(params.save_dir), "save_dir")
         else:
-            self.folder.open(params.prompt)
-            self.folder.add_request(RequestRecord(task.task_id, params))
+            check_writable(
+                self._directory(params), "output.root_dir" if params.save_dir is None else "save_dir"
+            )
 
-    def _video_path(self, task: DiffusionTask) -> Path:
-        """Where the video goes: exactly `save_path`, or a free name in `save_dir` or the run directory."""
-        params = _params(task)
+    def _directory(self, params: ResolvedParams) -> Path:
+        if params.save_dir is not None:
+            return Path(params.save_dir)
+        assert self.folder.path is not None, "opened by the engine before the first step"
+        return self.folder.path
+
+    def _open_writer(self, params: ResolvedParams) -> VideoWriter:
+        """The file: exactly `save_path`, or a free name in `save_dir` or the run directory."""
+        size = (params.width, params.height)
         if params.save_path is not None:
-            return Path(params.save_path)
-        directory = self.folder.open(params.prompt) if params.save_dir is None else Path(params.save_dir)
-        return unique_path(
-            directory / f"{video_stem(params.prompt, params.seed, params.num_inference_steps)}.mp4"
-        )
+            return VideoWriter(Path(params.save_path), params.fps, size)
+        stem = video_stem(params.prompt, params.seed, params.num_inference_steps)
+        return VideoWriter(self._directory(params) / f"{stem}.mp4", params.fps, size, keeps_existing=True)
 
     def _complete(self, task: DiffusionTask, log: StageLog) -> None:
         """Gather the figures of a finished task and write them beside the video."""
@@ -199,47 +273,14 @@ class Generator:
             log.elapsed(task.task_id, stage, value * 1000)
         total = sum(seconds.values())
         self.timer.record("overall", total * 1000)
-        result = self._result(task, {**seconds, "total": total})
+        if not self.mesh.is_leader:
+            return
+        seconds |= {"total": total}
+        result = result_of(
+            task, self.pipeline, seconds, model=self.config.models.name, device=self.device, mesh=self.mesh
+        )
         write_json(Path(result.video_path).with_suffix(".json"), result)
         task.result = result  # not before the record is on disk: a task with a result has all its files
-
-    def _result(self, task: DiffusionTask, seconds: dict[str, float]) -> TaskResult:
-        params, pipeline, buffer = _params(task), self.pipeline, task.buffer
-        assert buffer.timesteps is not None
-        path = Path(buffer.save_path or "")
-        used = [pipeline.spec.select_expert(t).name for t in buffer.timesteps.tolist()]
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return TaskResult(
-            filename=path.name,
-            prompt=params.prompt,
-            seed=params.seed,
-            step=params.num_inference_steps,
-            task_id=task.task_id,
-            video_path=str(path.absolute()),
-            model=self.config.models.name,
-            negative_prompt=params.negative_prompt,
-            role=params.role,
-            width=params.width,
-            height=params.height,
-            num_frames=params.num_frames,
-            fps=params.fps,
-            sample_solver=params.sample_solver,
-            sample_shift=params.sample_shift,
-            guidance_scale=params.guidance_scale,
-            latent_shape=pipeline.spec.latent_shape(params.num_frames, params.height, params.width),
-            seq_len=buffer.seq_len or 0,
-            experts=tuple(dict.fromkeys(used)),
-            attention=pipeline.attention.name,
-            cross_attention=pipeline.attention.cross_name,
-            dtype=str(self.dtype).removeprefix("torch."),
-            device=name,
-            flexcache=None,
-            approximations=pipeline.attention.approximations(params.num_inference_steps),
-            warnings=tuple(task.warnings),
-            seconds={stage: round(value, 4) for stage, value in seconds.items()},
-            peak_memory=memory.peak(self.device),
-            versions={"chitu-diffusion": __version__, "torch": torch.__version__},
-        )
 
 
 def _params(task: DiffusionTask) -> ResolvedParams:

@@ -22,6 +22,7 @@ from torch import Tensor
 CRF = "10"  # imageio's quality 8, which the Wan release writes: int((1 - 0.8) * 51)
 BT709_PRIMARIES, BT709_TRANSFER, BT601_MATRIX = 1, 1, 6  # codes of ITU-T H.273
 LIMITED_RANGE = 1  # FFmpeg's code
+WRITE_ERRORS = (OSError, ValueError, av.FFmpegError)  # what a `VideoWriter` raises
 
 
 class VideoWriter:
@@ -30,10 +31,14 @@ class VideoWriter:
     `with VideoWriter(path, fps, size) as writer: writer.put(frames)` closes, or aborts on an exception.
     Not for use from several threads. Source of range, quality and truncation: reference/wan.md section 7."""
 
-    def __init__(self, path: Path, fps: int | float, size: tuple[int, int]) -> None:
-        """Open a hidden temporary file beside `path`; `size` is (width, height) in pixels, both even.
+    def __init__(
+        self, path: Path, fps: int | float, size: tuple[int, int], *, keeps_existing: bool = False
+    ) -> None:
+        """Open a hidden temporary file beside `path`; `size` is (width, height) in pixels, both even. With
+        `keeps_existing` a name that is taken becomes name_2, name_3, ..., whoever took it in the meantime.
         Raises ValueError for a bad fps or size, OSError if the folder cannot be written."""
         self.path = path
+        self._keeps_existing = keeps_existing
         self._size = size
         self._frame_num = 0
         self._put_num = 0
@@ -58,11 +63,13 @@ class VideoWriter:
 
     @torch.inference_mode()
     def put(self, frames: Tensor) -> None:
-        """Hand over `frames`, [3, n, H, W] float in [-1, 1] (clamped), on CPU or CUDA; waits only when two
-        earlier puts are still being encoded. Raises OSError naming the path if an earlier put failed."""
+        """Hand over `frames`, [3, n, H, W] float in [-1, 1] (clamped) or [n, H, W, 3] uint8, on CPU or CUDA;
+        waits only when two earlier puts are still being encoded. Raises OSError naming the path if an earlier
+        put failed."""
         width, height = self._size
         assert self._is_open, "put after close or abort"
-        assert frames.shape == (3, frames.shape[1], height, width), frames.shape
+        pixels = frames if frames.dtype == torch.uint8 else to_pixels(frames)
+        assert pixels.shape == (len(pixels), height, width, 3), pixels.shape
         with ExitStack() as undo:
             undo.callback(self.abort)
             slot = self._put_num % 2
@@ -71,14 +78,14 @@ class VideoWriter:
             other = self._encodings[1 - slot]
             if other is not None and other.done():
                 self._wait(other)
-            pixels, copied = _to_uint8(frames), None
+            copied = None
             if pixels.is_cuda:
                 pixels, copied = self._copy_to_host(pixels, slot)
             self._encodings[slot] = self._thread.submit(self._encode, pixels, copied)
             undo.pop_all()
 
     def close(self) -> Path:
-        """Wait for the encoder, then rename the temporary file to the path, which replaces what is there.
+        """Wait for the encoder, rename the temporary file, and return its path; what is there is replaced.
         Raises OSError naming the path if it could not be written, ValueError without frames; both abort."""
         if not self._is_open:
             return self.path
@@ -147,7 +154,10 @@ class VideoWriter:
     def _finish(self) -> None:  # in the thread
         self._container.mux(self._stream.encode(None))
         self._container.close()
-        _publish(self._file.fileno(), self._temporary, self.path)
+        if self._keeps_existing:
+            self.path = _publish_beside(self._file.fileno(), self._temporary, self.path)
+        else:
+            _publish(self._file.fileno(), self._temporary, self.path)
         self._file.close()
 
     def _wait(self, encoding: Future[None] | None) -> None:
@@ -194,6 +204,22 @@ def _publish(descriptor: int, temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def _publish_beside(descriptor: int, temporary: Path, path: Path) -> Path:
+    """Give the file the first free name. A link, unlike a rename, fails where another process was faster."""
+    os.fsync(descriptor)
+    while True:
+        free = unique_path(path)
+        try:
+            os.link(temporary, free)
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without links, or no right to make them
+            os.replace(temporary, free)
+            return free
+        temporary.unlink()
+        return free
+
+
 def _frame_rate(fps: int | float) -> Fraction:
     if not (math.isfinite(fps) and 0.001 <= fps <= 1000):
         raise ValueError(
@@ -202,8 +228,10 @@ def _frame_rate(fps: int | float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)  # exact for the NTSC rates, n * 1000 / 1001
 
 
-def _to_uint8(frames: Tensor) -> Tensor:  # [3, n, H, W] -> [n, H, W, 3], on the same device
-    """Truncates as the Wan release does, in its order of operations: equal frames, equal bytes."""
+def to_pixels(frames: Tensor) -> Tensor:
+    """Frames [3, n, H, W] float to [n, H, W, 3] uint8 on the same device; values beyond [-1, 1] are clamped.
+
+    Truncates as the Wan release does, in its order of operations: equal frames, equal bytes."""
     scaled = (frames.float().clamp(-1, 1) + 1) / 2 * 255
     return scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 

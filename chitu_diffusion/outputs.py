@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -107,6 +108,17 @@ def relocate_hydra(mode: str, hydra_output_dir: Path | None, run_dir: Path) -> N
     shutil.rmtree(source)
     for emptied in (hydra_output_dir, hydra_output_dir.parent):  # by default <time> inside <date>
         if action == "video_dir" and not any(emptied.iterdir()):
+            emptied.rmdir()
+
+
+def drop_hydra(mode: str, hydra_output_dir: Path) -> None:
+    """Remove the `.hydra` that a rank above 0 got from Hydra, and folders that it leaves empty, unless the
+    mode is `default`; several ranks may share one."""
+    if HYDRA_MODES.get(mode.strip().lower()) == "default":
+        return
+    shutil.rmtree(hydra_output_dir / ".hydra", ignore_errors=True)
+    for emptied in (hydra_output_dir, hydra_output_dir.parent):
+        with suppress(OSError):  # not empty, or gone
             emptied.rmdir()
 
 

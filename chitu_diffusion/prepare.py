@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from chitu_core import weights
 from chitu_core.attention import Place
 from chitu_core.config import Config, ModelConfig
-from chitu_diffusion.attention_plan import AttentionPlan, plan_attention
+from chitu_core.distributed import ParallelMesh
+from chitu_core.distributed.collectives import TokenShard
+from chitu_diffusion.attention_plan import AttentionPlan
 from chitu_diffusion.checkpoint.layout import Component, locate
 from chitu_diffusion.checkpoint.sizes import dit_config, umt5_config, vae_config
-from chitu_diffusion.encoders.tokenizer import PromptTokenizer
+from chitu_diffusion.encoders.tokenizer import PromptTokenizer, TokenizedPrompt
 from chitu_diffusion.encoders.umt5 import UMT5Config, UMT5Encoder
 from chitu_diffusion.models.wan import WanConfig, WanDiT
 from chitu_diffusion.spec import ModelSpec, experts_of
@@ -30,14 +32,6 @@ Fill = Callable[
 ]  # a meta module, its part's name, its dtypes
 
 
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """Text embeddings [n, dim] of a prompt, and how many of its tokens did not fit."""
-
-    embeddings: Tensor
-    num_dropped: int
-
-
 class PromptEncoder:
     """Turns a prompt into the embeddings that condition the transformer."""
 
@@ -46,11 +40,14 @@ class PromptEncoder:
         self.encoder = encoder
         self.device = device
 
-    def encode(self, prompt: str) -> EncodedPrompt:
-        """Encode one prompt by itself, without padding, which the transformer adds."""
-        tokens = self.tokenizer.encode(prompt)
-        ids = torch.tensor([tokens.ids], device=self.device)
-        return EncodedPrompt(self.encoder(ids)[0], tokens.num_dropped)
+    def tokenize(self, prompt: str) -> TokenizedPrompt:
+        """The prompt's tokens, and how many of them did not fit."""
+        return self.tokenizer.encode(prompt)
+
+    def embed(self, tokens: TokenizedPrompt) -> Tensor:
+        """Text embeddings [n, dim] of one prompt by itself, without padding, which the transformer adds."""
+        embeddings: Tensor = self.encoder(torch.tensor([tokens.ids], device=self.device))[0]
+        return embeddings
 
 
 @dataclass(frozen=True)
@@ -62,19 +59,45 @@ class Pipeline:
     experts: dict[str, WanDiT]
     vae: WanVAE
     attention: AttentionPlan
+    dtype: torch.dtype  # of matrix products
+    tokens: TokenShard | None  # how this rank's part of a sequence is cut; None where it has all
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
+    """What the networks of a model are, before any of them exists."""
+
     encoder: UMT5Config
     vae: WanVAEConfig
     experts: dict[str, WanConfig]
 
+    @property
+    def dit(self) -> WanConfig:
+        """One transformer; experts differ in their weights alone."""
+        return next(iter(self.experts.values()))
 
-def pick_device(op_impl: str, local_rank: int) -> torch.device:
-    """This process's GPU; the CPU where there is none or `infer.op_impl=cpu` says so."""
+
+@dataclass(frozen=True)
+class Survey:
+    """What headers and settings tell about a model: enough to plan, and to make it."""
+
+    sizes: Sizes
+    fill: Fill
+    tokenizer_dir: Path
+    place: Place  # where attention will run
+
+
+def pick_device(op_impl: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
+    """This process's GPU; the CPU where there is none or `infer.op_impl=cpu` says so.
+
+    Raises ValueError for more ranks on this machine than it has GPUs.
+    """
     if op_impl == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_world_size > count:
+        remedy = "start at most one rank a GPU (launch.gpus_per_node), or set infer.op_impl=cpu"
+        raise ValueError(f"LOCAL_WORLD_SIZE={local_world_size}: this machine has {count} GPU(s); {remedy}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -86,19 +109,29 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def build_pipeline(config: Config, device: torch.device, dtype: torch.dtype) -> Pipeline:
-    """Make every network of `config.models` on `device`.
+def survey(config: Config, device: torch.device, dtype: torch.dtype) -> Survey:
+    """Find the checkpoint and read its headers; no tensor is read and nothing is allocated.
 
-    Raises ValueError naming key, file or tensor when the checkpoint is not what it must be; everything that
-    headers can tell is checked before any tensor is read.
+    Raises ValueError naming key, file or tensor when the checkpoint is not what it must be.
     """
     sizes, fill, tokenizer_dir = (
         _random(config, device) if config.debug.skip_model_load else _stored(config, device)
     )
-    tokenizer = PromptTokenizer(tokenizer_dir, _text_len(sizes), sizes.encoder.vocab_size)
     _check_fit(sizes)
-    some = next(iter(sizes.experts.values()))
-    attention = plan_attention(config.infer, _place(device, dtype, some), some.num_layers)
+    return Survey(sizes, fill, tokenizer_dir, _place(device, dtype, sizes.dit))
+
+
+def build_pipeline(
+    config: Config, found: Survey, attention: AttentionPlan, mesh: ParallelMesh, device: torch.device
+) -> Pipeline:
+    """Make every network of a survey on `device`, ready to run on this rank of `mesh`.
+
+    Raises ValueError for a file or a tensor that is not what its header said.
+    """
+    sizes, fill, dtype = found.sizes, found.fill, found.place.dtype
+    tokenizer = PromptTokenizer(found.tokenizer_dir, _text_len(sizes), sizes.encoder.vocab_size)
+    tokens = mesh.tokens()
+    attention = attention.spread(mesh, tokens)
     # NOTE T5 overflows in fp16, so bf16 stands in there; the VAE runs in fp32 as the reference does
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     with torch.device("meta"):
@@ -114,15 +147,15 @@ def build_pipeline(config: Config, device: torch.device, dtype: torch.dtype) -> 
     spec = ModelSpec(
         experts_of(config.models.sampler),
         sizes.vae.stride,
-        some.patch_size,
+        sizes.dit.patch_size,
         sizes.vae.z_dim,
         _text_len(sizes),
     )
     prompt_encoder = PromptEncoder(tokenizer, encoder, device)
-    return Pipeline(spec, prompt_encoder, experts, vae, attention)
+    return Pipeline(spec, prompt_encoder, experts, vae, attention, dtype, tokens)
 
 
-def _stored(config: Config, device: torch.device) -> tuple[_Sizes, Fill, Path]:
+def _stored(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:
     """Sizes, weights and tokenizer of the checkpoint that `models.ckpt_dir` names."""
     model = config.models
     checkpoint = locate(model)
@@ -130,7 +163,7 @@ def _stored(config: Config, device: torch.device) -> tuple[_Sizes, Fill, Path]:
     parts: dict[str, Component] = {"text_encoder": checkpoint.text_encoder, "vae": checkpoint.vae}
     parts |= dict(checkpoint.experts)
     experts = {name: dit_config(part) for name, part in checkpoint.experts}
-    sizes = _Sizes(umt5_config(checkpoint.text_encoder), vae_config(checkpoint.vae), experts)
+    sizes = Sizes(umt5_config(checkpoint.text_encoder), vae_config(checkpoint.vae), experts)
     stated = _yaml_sizes(model).experts
     for name, size in experts.items():
         differing = [key for key, value in asdict(size).items() if asdict(stated[name])[key] != value]
@@ -152,7 +185,7 @@ def _stored(config: Config, device: torch.device) -> tuple[_Sizes, Fill, Path]:
     return sizes, fill, checkpoint.tokenizer_dir
 
 
-def _random(config: Config, device: torch.device) -> tuple[_Sizes, Fill, Path]:
+def _random(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:
     """Sizes of the model YAML, random weights, and the demo model's tokenizer."""
     logger.warning("debug.skip_model_load=true: weights are random, the video will be noise")
     seed = config.infer.seed
@@ -164,7 +197,7 @@ def _random(config: Config, device: torch.device) -> tuple[_Sizes, Fill, Path]:
     return _yaml_sizes(config.models), fill, DEMO_TOKENIZER
 
 
-def _yaml_sizes(model: ModelConfig) -> _Sizes:
+def _yaml_sizes(model: ModelConfig) -> Sizes:
     text, size = model.encoder, model.transformer
     encoder = UMT5Config(
         text.vocab_size, text.dim, text.attention_dim, text.num_heads, text.ffn_dim, text.num_layers
@@ -179,10 +212,10 @@ def _yaml_sizes(model: ModelConfig) -> _Sizes:
         latents_std=WAN21_LATENTS_STD,
     )
     dit = WanConfig(text_len=text.text_len, **asdict(size))
-    return _Sizes(encoder, vae, {expert.name: dit for expert in experts_of(model.sampler)})
+    return Sizes(encoder, vae, {expert.name: dit for expert in experts_of(model.sampler)})
 
 
-def _text_len(sizes: _Sizes) -> int:
+def _text_len(sizes: Sizes) -> int:
     return min(size.text_len for size in sizes.experts.values())
 
 
@@ -192,7 +225,7 @@ def _place(device: torch.device, dtype: torch.dtype, size: WanConfig) -> Place:
     return Place(device.type, capability, dtype, size.dim // size.num_heads)
 
 
-def _check_fit(sizes: _Sizes) -> None:
+def _check_fit(sizes: Sizes) -> None:
     """The parts of a checkpoint must fit each other; raises ValueError where they do not."""
     for name, size in sizes.experts.items():
         if size.text_dim != sizes.encoder.dim:

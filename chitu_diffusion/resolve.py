@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass
 
 from chitu_core.config import ModelConfig
+from chitu_diffusion.guidance import needs_cfg
 from chitu_diffusion.params import MAX_SEED, DiffusionUserParams, FlexCacheParams
 
 
@@ -66,7 +67,9 @@ def resolve(params: DiffusionUserParams, model: ModelConfig) -> ResolvedParams:
     )
 
 
-def remarks(params: ResolvedParams, model: ModelConfig, flexcache_is_enabled: bool) -> list[str]:
+def remarks(
+    params: ResolvedParams, model: ModelConfig, flexcache_is_enabled: bool, cfg_size: int = 1
+) -> list[str]:
     """What a user should know about a legal request; it goes into the log and into the result."""
     found = []
     usual = model.sampler.sample_steps
@@ -83,6 +86,11 @@ def remarks(params: ResolvedParams, model: ModelConfig, flexcache_is_enabled: bo
         name = params.flexcache.strategy
         found.append(
             f"flexcache={name} is ignored and every step computed: infer.diffusion.enable_flexcache is false"
+        )
+    if cfg_size > 1 and not all(map(needs_cfg, params.guidance_scale)):
+        found.append(
+            f"guidance_scale={params.guidance_scale} has steps without an unconditional branch, in which "
+            f"infer.diffusion.cfg_size={cfg_size} makes both halves of the ranks do the same; use cfg_size=1"
         )
     return found
 

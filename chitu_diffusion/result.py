@@ -1,6 +1,7 @@
 """The record of a finished video: what was run, with what, how long it took; the JSON beside the video."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from chitu_core.memory import MemoryPeak
 
@@ -33,8 +34,19 @@ class TaskResult:
     dtype: str
     device: str
     flexcache: str | None
+    parallel: dict[str, int]  # ranks by axis: dp, cfg, ring, ulysses
     approximations: tuple[str, ...]  # empty: every computation was exact
     warnings: tuple[str, ...]
     seconds: dict[str, float]  # by stage
     peak_memory: MemoryPeak
     versions: dict[str, str]
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "TaskResult":
+        """The result whose fields another rank sent as JSON."""
+        lists = {part.name for part in fields(cls) if str(part.type).startswith("tuple")}
+        values: dict[str, Any] = {
+            key: tuple(value) if key in lists else value for key, value in record.items()
+        }
+        values["peak_memory"] = MemoryPeak(**record["peak_memory"])
+        return cls(**values)

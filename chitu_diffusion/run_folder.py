@@ -14,6 +14,7 @@ from chitu_core.timing import Timer
 from chitu_diffusion.outputs import (
     RequestRecord,
     check_writable,
+    drop_hydra,
     relocate_hydra,
     run_directory,
     write_run_files,
@@ -28,7 +29,7 @@ class RunFolder:
         self._environment = environment
         self._requests: list[RequestRecord] = []
         self._created_at = datetime.now()
-        self._log = RunLog() if config.output.enable_run_log else None
+        self._log = RunLog() if config.output.enable_run_log and environment.rank == 0 else None
         self.path: Path | None = None
 
     def open(self, prompt: str) -> Path:
@@ -46,9 +47,15 @@ class RunFolder:
             check_writable(Path(output.root_dir), "output.root_dir")
             tag, name = self._environment.run_tag, self._config.models.name
             self.path = run_directory(Path(output.root_dir), tag, prompt, name, self._created_at)
+        if self._environment.world_size > 1:
+            self.path = self.path.absolute()  # the same for ranks that were started elsewhere
         if self._log is not None:
             self._log.open(self.path / "run.log")
         return self.path
+
+    def adopt(self, path: Path) -> None:
+        """Take the directory that rank 0 made."""
+        self.path = path
 
     def add_request(self, request: RequestRecord) -> None:
         """Note a request in the run directory, which must be open."""
@@ -63,9 +70,15 @@ class RunFolder:
         )
 
     def close(self, timer: Timer) -> None:
-        """Write what is known at the end: timers if asked for, Hydra's folder as configured; end the log."""
+        """Write what is known at the end: timers if asked for, Hydra's folder as configured; end the log.
+
+        Rank 0 does this before the others, which then only remove Hydra's folders of their own.
+        """
         try:
-            self._write_last(timer)
+            if self._environment.rank == 0:
+                self._write_last(timer)
+            elif self.path is not None and HydraConfig.initialized():
+                drop_hydra(self._config.output.hydra_dump_mode, Path(HydraConfig.get().runtime.output_dir))
         finally:
             self.end_log()
 

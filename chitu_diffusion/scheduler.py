@@ -11,7 +11,8 @@ class DiffusionScheduler:
     """Picks one task a step by `policy`: `fifo`, `priority`, `round_robin`; override `schedule` for another.
 
     At most `max_reqs` tasks are begun and unfinished at once, so that memory for denoising state is bounded.
-    Raises ValueError for an unknown policy.
+    With data parallelism each replica is asked for by itself, with the tasks that it may run. Raises
+    ValueError for an unknown policy.
     """
 
     def __init__(self, policy: str = "fifo", max_reqs: int = 8) -> None:

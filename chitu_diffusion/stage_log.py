@@ -14,10 +14,12 @@ _COLORS = {"TextEncode": 36, "VAEEncode": 33, "Denoise": 34, "VAEDecode": 32}
 class StageLog:
     """Writes `[TAG]    task_id=... | ...` lines at INFO."""
 
-    def __init__(self, environment: Environment, perf: bool) -> None:
+    def __init__(self, environment: Environment, perf: bool, *, is_quiet: bool = False) -> None:
+        """`is_quiet` on a rank that does what another one logs."""
         self._interval = environment.progress_interval
         self._color = environment.enable_stage_color and sys.stderr.isatty()
         self._perf = perf
+        self._is_quiet = is_quiet
 
     def start(self, task_id: str, stage: str, note: str = "") -> None:
         """A stage begins."""
@@ -44,10 +46,12 @@ class StageLog:
 
     def warning(self, task_id: str, text: str) -> None:
         """Something that the user should know."""
-        logger.warning("%-10s task_id=%s | %s", "[WARNING]", task_id, text)
+        if not self._is_quiet:
+            logger.warning("%-10s task_id=%s | %s", "[WARNING]", task_id, text)
 
     def _line(self, tag: str, task_id: str, text: str) -> None:
-        logger.info("%-10s task_id=%s | %s", f"[{tag}]", task_id, text)
+        if not self._is_quiet:
+            logger.info("%-10s task_id=%s | %s", f"[{tag}]", task_id, text)
 
     def _paint(self, stage: str) -> str:
         return f"\033[{_COLORS[stage]}m{stage}\033[0m" if self._color else stage

@@ -3,11 +3,12 @@
 Only an engine changes a task's status; everybody else sets a wish (`cancel`) that its next step carries out.
 """
 
+import itertools
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -105,6 +106,8 @@ class DiffusionTaskBuffer:
 class DiffusionTask:
     """One video on its way: a request, the stage of its next step, and what it holds meanwhile."""
 
+    _made = itertools.count()  # by this process: ranks that make the same tasks give them the same ids
+
     def __init__(
         self,
         task_id: str,
@@ -124,6 +127,7 @@ class DiffusionTask:
         self.result: TaskResult | None = None
         self.warnings: list[str] = []
         self.cancel_requested = False
+        self.replica: int | None = None  # the copy of the mesh that runs it, from the first step on
         self.created_at = time.time()
         self.started_at: float | None = None
         self.finished_at: float | None = None
@@ -132,13 +136,17 @@ class DiffusionTask:
     def from_user_request(cls, params: DiffusionUserParams | DiffusionUserRequest) -> "DiffusionTask":
         """A pending task for `params`, under a new id of eight hexadecimal digits.
 
+        The id is a hash of how many were made before and of the parameters, so that ranks that run the same
+        script find the same ids.
+
         Raises ValueError for anything else than parameters or a request.
         """
         if isinstance(params, DiffusionUserRequest):
             return cls(params.request_id, req=params)
         if not isinstance(params, DiffusionUserParams):
             raise ValueError(f"params={params!r}: give DiffusionUserParams or a DiffusionUserRequest")
-        task_id = uuid.uuid4().hex[:8]
+        seen = f"{next(cls._made)} {params!r}".encode(errors="surrogatepass")
+        task_id = blake2b(seen, digest_size=4).hexdigest()
         return cls(task_id, req=DiffusionUserRequest(task_id, params))
 
     @classmethod
@@ -270,6 +278,13 @@ class TaskPool:
     def get(self, task_id: str) -> DiffusionTask | None:
         """The task of an id."""
         return self.pool.get(task_id)
+
+    def share(self, replica: int) -> "TaskPool":
+        """The tasks that one copy of the mesh may run: its own, and those that none has begun."""
+        share = TaskPool()
+        share.pool = {key: task for key, task in self.pool.items() if task.replica in (None, replica)}
+        share.id_list = [task_id for task_id in self.id_list if task_id in share.pool]
+        return share
 
     def unfinished(self) -> list[DiffusionTask]:
         """Tasks that have not ended, oldest first."""

@@ -35,8 +35,12 @@ OTHER_PROMPTS = ["A cat walking on grass."]
 
 
 def generate(args: DictConfig) -> None:
-    """Make the prompts' videos and print their paths; exit with 1 when one fails."""
-    chitu_init(args)
+    """Make the prompts' videos and print their paths; exit with 1 when one fails, or cannot begin."""
+    environment = Environment.read()
+    try:
+        chitu_init(args)
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"Error: {error}" if environment.local_rank == 0 else 1) from error
     chitu_start()
     tasks = []
     for seed, prompt in enumerate(PROMPTS.get(args.models.name, OTHER_PROMPTS), start=42):
@@ -45,7 +49,7 @@ def generate(args: DictConfig) -> None:
     while not DiffusionTaskPool.all_finished():
         chitu_generate()
     chitu_terminate()
-    for task in tasks:
+    for task in tasks if environment.rank == 0 else []:
         print(task.buffer.save_path or f"{task.phase}: {task.error_message}")
     if any(task.result is None for task in tasks):
         raise SystemExit(1)

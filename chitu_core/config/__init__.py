@@ -169,19 +169,25 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    cfg_size: int | str = _doc("guidance branches in parallel: auto or 1 in this version")
-    cp_size: int | str = _doc("context-parallel degree: auto or 1 in this version")
-    up_limit: int = _doc("largest Ulysses degree inside context parallelism")
+    cfg_size: int | str = _doc(
+        "ranks that share the branches of guidance: 1, 2 or auto (2 where the model's guidance has both)"
+    )
+    cp_size: int | str = _doc("ranks that share one sequence: auto (all that are left) or a number")
+    up_limit: int = _doc("largest Ulysses degree inside context parallelism; what is left is a ring")
     low_mem_level: int = _doc("0 keeps every model on the device; other levels are not in this version")
     enable_flexcache: bool = _doc("let requests reuse features across steps; not in this version")
 
     def __post_init__(self) -> None:
-        for name, value in (("cfg_size", self.cfg_size), ("cp_size", self.cp_size)):
-            key = f"infer.diffusion.{name}"
-            _require(
-                value in ("auto", 1, "1"), key, value, f"this version runs on one device; use {key}=auto"
-            )
-        _only("infer.diffusion.up_limit", self.up_limit, 8)
+        for name, legal in (("cfg_size", "auto, 1 or 2"), ("cp_size", "auto or a whole number, at least 1")):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.isdecimal():
+                value = int(value)
+                object.__setattr__(self, name, value)
+            holds = value == "auto" or (isinstance(value, int) and value >= 1)
+            if name == "cfg_size":
+                holds = value in ("auto", 1, 2)
+            _require(holds, f"infer.diffusion.{name}", value, f"must be {legal}")
+        _require(self.up_limit >= 1, "infer.diffusion.up_limit", self.up_limit, "must be at least 1")
         _only("infer.diffusion.low_mem_level", self.low_mem_level, 0)
         _only("infer.diffusion.enable_flexcache", self.enable_flexcache, False)
 
@@ -230,7 +236,7 @@ class InferConfig:
     seed: int = _doc("of the random weights under debug.skip_model_load; a request has its own seed")
     max_reqs: int = _doc("tasks that may hold denoising state at once")
     schedule_policy: str = _doc("which task runs next: fifo, priority, round_robin (by role)")
-    dp_size: int = _doc("data-parallel replicas: 1 in this version")
+    dp_size: int = _doc("data parallelism: copies of the mesh, each with tasks of its own")
     diffusion: DiffusionConfig = _doc("parallelism, memory and caching")
 
     def __post_init__(self) -> None:
@@ -240,7 +246,7 @@ class InferConfig:
         policies = ", ".join(SCHEDULE_POLICIES)
         known = self.schedule_policy in SCHEDULE_POLICIES
         _require(known, "infer.schedule_policy", self.schedule_policy, f"choose one of {policies}")
-        _only("infer.dp_size", self.dp_size, 1)
+        _require(self.dp_size >= 1, "infer.dp_size", self.dp_size, "must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -72,9 +72,10 @@ class ParallelMesh:
         """All ranks of this replica; None where there is one."""
         return None if self.replica is None else Line(self.replica)
 
-    def guard(self, doing: str) -> AbstractContextManager[None]:
-        """Around work in which the ranks of a replica wait for each other; see `Watchdog.guard`."""
-        return nullcontext() if self.watchdog is None or self.replica is None else self.watchdog.guard(doing)
+    def guard(self, doing: str, *, everybody: bool = False) -> AbstractContextManager[None]:
+        """Around work in which the ranks of a replica, or all, wait for each other; see `Watchdog.guard`."""
+        is_alone = self.replica is None and not everybody
+        return nullcontext() if self.watchdog is None or is_alone else self.watchdog.guard(doing)
 
     def abandon(self, why: str) -> None:
         """Leave without the others, who end when they hear of it."""

@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
     size, shapes = _shapes(options, config)
     names = _backends(options.backends)
     options.out.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring
-    device = pick_device("torch", 0)
+    device = pick_device("torch")
     dtype = pick_dtype(config.infer.dtype, device)
     ratio = config.infer.attn_config.sparsity_ratio
     machine = _machine(device, _command(options))

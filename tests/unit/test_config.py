@@ -89,13 +89,18 @@ def test_loading_leaves_the_composed_configuration_as_it_was():
         ("infer.dtype", "int8", r"infer\.dtype=int8: choose one of auto, bfloat16, float16, float32"),
         ("infer.op_impl", "npu", r"infer\.op_impl=npu: choose torch or cpu"),
         ("infer.schedule_policy", "fair", r"infer\.schedule_policy=fair: choose one of fifo"),
-        ("infer.dp_size", 2, r"infer\.dp_size=2: not available in this version; leave infer\.dp_size=1"),
+        ("infer.dp_size", 0, r"infer\.dp_size=0: must be at least 1"),
+        ("infer.dp_size", "two", r"infer\.dp_size: .*two"),
         ("infer.tempo", 3, r"infer\.tempo: .*tempo"),
-        ("infer.diffusion.cfg_size", 2, r"infer\.diffusion\.cfg_size=2: this version runs on one device"),
-        ("infer.diffusion.cp_size", 4, r"infer\.diffusion\.cp_size=4: this version runs on one device"),
+        ("infer.diffusion.cfg_size", 3, r"infer\.diffusion\.cfg_size=3: must be auto, 1 or 2"),
+        ("infer.diffusion.cfg_size", 0, r"infer\.diffusion\.cfg_size=0: must be auto, 1 or 2"),
+        ("infer.diffusion.cfg_size", "both", r"infer\.diffusion\.cfg_size=both: must be auto, 1 or 2"),
+        ("infer.diffusion.cp_size", 0, r"infer\.diffusion\.cp_size=0: must be auto or a whole number"),
+        ("infer.diffusion.cp_size", "-2", r"infer\.diffusion\.cp_size=-2: must be auto or a whole number"),
+        ("infer.diffusion.cp_size", "all", r"infer\.diffusion\.cp_size=all: must be auto or a whole number"),
+        ("infer.diffusion.up_limit", 0, r"infer\.diffusion\.up_limit=0: must be at least 1"),
         ("infer.diffusion.low_mem_level", 2, r"infer\.diffusion\.low_mem_level=2: not available"),
         ("infer.diffusion.enable_flexcache", True, r"infer\.diffusion\.enable_flexcache=True: not available"),
-        ("infer.diffusion.up_limit", 4, r"infer\.diffusion\.up_limit=4: not available in this version"),
         ("eval.eval_type", ["psnr"], r"eval\.eval_type=\['psnr'\]: not available"),
         ("quant", "int8", r"quant=int8: not available"),
         ("output.root_dir", " ", r"output\.root_dir=' ': name a directory"),
@@ -117,6 +122,18 @@ def test_loading_leaves_the_composed_configuration_as_it_was():
 def test_a_wrong_value_is_refused_by_its_key(key, value, message):
     with pytest.raises(ValueError, match=message):
         load(changed(key, value))
+
+
+def test_degrees_may_be_given_as_text():
+    degrees = load(composed("infer.diffusion.cfg_size='2'", "infer.diffusion.cp_size='4'")).infer.diffusion
+    assert (degrees.cfg_size, degrees.cp_size) == (2, 4)
+
+
+def test_degrees_are_found_unless_they_are_given():
+    infer = load(composed()).infer
+    assert (infer.dp_size, infer.diffusion.cfg_size, infer.diffusion.cp_size) == (1, "auto", "auto")
+    infer = load(composed("infer.dp_size=2", "infer.diffusion.up_limit=4")).infer
+    assert (infer.dp_size, infer.diffusion.up_limit) == (2, 4)
 
 
 @pytest.mark.parametrize(("key", "value"), [("height", 100), ("width", 0), ("num_frames", 16), ("fps", 0)])

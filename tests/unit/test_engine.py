@@ -13,8 +13,11 @@ import pytest
 import torch
 from checkpoints import random_weights, write_diffusers
 from hydra import compose, initialize_config_module
+from torch import distributed as dist
 
+from chitu_core import attention
 from chitu_core import logging as chitu_logging
+from chitu_core.attention import Attention
 from chitu_core.config import load
 from chitu_core.environment import Environment
 from chitu_diffusion import (
@@ -47,8 +50,13 @@ def composed(root, *overrides):
     return args
 
 
-def new_engine(root, *overrides):
-    return Engine(load(composed(root, *overrides)), TaskPool(), Environment())
+def new_engine(root, *overrides, environment=None):
+    return Engine(load(composed(root, *overrides)), TaskPool(), environment or Environment())
+
+
+def first_of(world):
+    """The environment of rank 0 of so many on this machine; nobody waits at the address."""
+    return Environment(world_size=world, local_world_size=world, master_addr="127.0.0.1", master_port=29999)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +270,7 @@ def two_experts(tmp_path_factory):
 def test_timesteps_from_875_on_use_the_high_noise_expert_and_its_guidance(two_experts, monkeypatch):
     used, guided = [], generator.guided_velocity
 
-    def recorded(predict, scale):
+    def recorded(predict, scale, pair):
         task = predict.args[0]
         used.append((task.buffer.sampler.timesteps[task.current_step], task.buffer.expert, scale))
         return guided(predict, scale)
@@ -440,7 +448,7 @@ def test_the_step_that_cancels_one_task_advances_another(engine):
 
 
 STAGES = {
-    "encode": lambda engine: (engine.pipeline.prompt_encoder, "encode"),
+    "encode": lambda engine: (engine.pipeline.prompt_encoder, "embed"),
     "denoise": lambda engine: (engine.generator, "_predict"),
     "decode": lambda engine: (engine.pipeline.vae, "decode"),
     "write": lambda _: (media.VideoWriter, "put"),
@@ -557,7 +565,7 @@ def test_a_full_disk_fails_the_task_and_leaves_no_half_file(engine, monkeypatch,
 @pytest.mark.parametrize("key", ["save_dir", "save_path"])
 def test_a_place_that_cannot_be_written_fails_before_anything_is_encoded(engine, monkeypatch, tmp_path, key):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(engine.pipeline.prompt_encoder, "encode", raising(AssertionError("too late")))
+    monkeypatch.setattr(engine.pipeline.prompt_encoder, "tokenize", raising(AssertionError("too late")))
     task = submit(engine, **{key: str(tmp_path / "file" / "sub" / "clip.mp4")})
     run(engine)
     assert task.status == Status.Failed
@@ -599,9 +607,74 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         new_engine(tmp_path, "models=Wan2.1-T2V-1.3B", f"models.ckpt_dir={tmp_path / 'weights'}")
 
 
-def test_several_processes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"WORLD_SIZE=2: this version runs in one process"):
-        Engine(load(composed(tmp_path)), TaskPool(), Environment(world_size=2))
+@pytest.mark.parametrize(
+    ("world", "overrides", "message"),
+    [
+        (4, ["infer.diffusion.cp_size=3"], r"infer\.diffusion\.cp_size=3: .*legal: 2, 4 or auto"),
+        (3, ["infer.diffusion.cfg_size=2"], r"infer\.diffusion\.cfg_size=2: .*legal: 1 or auto"),
+        (4, ["infer.dp_size=3"], r"infer\.dp_size=3: .*legal: 1, 2, 4"),
+        (4, ["infer.dp_size=2", "infer.diffusion.cp_size=4"], r"cp_size=4: .*legal: 1, 2 or auto"),
+        (4, ["infer.diffusion.cfg_size=1", "infer.diffusion.cp_size=2"], r"cp_size=2: .*legal: 4 or auto"),
+    ],
+)
+def test_degrees_that_do_not_fill_the_world_are_refused_before_a_group_exists(
+    tmp_path, monkeypatch, world, overrides, message
+):
+    monkeypatch.setattr(dist, "init_process_group", raising(AssertionError("too late")))
+    with pytest.raises(ValueError, match=message):
+        new_engine(tmp_path, *overrides, environment=first_of(world))
+
+
+def test_ranks_without_an_address_to_meet_at_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "init_process_group", raising(AssertionError("too late")))
+    for name, environment in (
+        ("MASTER_ADDR", dataclasses.replace(first_of(2), master_addr=None)),
+        ("MASTER_PORT", dataclasses.replace(first_of(2), master_port=None)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is not set, but WORLD_SIZE=2; .* torchrun or srun"):
+            new_engine(tmp_path, environment=environment)
+
+
+class WithoutLse(Attention):
+    """What sparge is on a GPU: a kernel that parts of a sequence cannot use."""
+
+    is_exact = False
+
+    def __init__(self):
+        super().__init__("sparge")
+
+    @classmethod
+    def unavailable(cls, variant, place):
+        return None
+
+    def __call__(self, *_):
+        raise AssertionError("never called")
+
+
+def test_a_kernel_that_gives_no_lse_is_refused_for_a_ring_before_a_group_exists(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "init_process_group", raising(AssertionError("too late")))
+    choose, create = attention.choose, attention.create
+
+    def chosen(name, place, **options):
+        return name if name == "sparge" else choose(name, place, **options)
+
+    def made(name, place, **options):
+        return WithoutLse() if name == "sparge" else create(name, place, **options)
+
+    monkeypatch.setattr(attention, "choose", chosen)
+    monkeypatch.setattr(attention, "create", made)
+    overrides = ["infer.attn_type=sparge", "infer.diffusion.cfg_size=1", "infer.diffusion.up_limit=1"]
+    with pytest.raises(
+        ValueError, match=r"infer\.attn_type=sparge .* ring of 2 ranks .*choose one of .*sdpa"
+    ):
+        new_engine(tmp_path, *overrides, environment=first_of(2))
+
+
+def test_a_refused_engine_leaves_no_log_handler_behind(tmp_path):
+    before = list(logging.getLogger("chitu_diffusion").handlers)
+    with pytest.raises(ValueError, match="dp_size"):
+        new_engine(tmp_path, "infer.dp_size=3", environment=first_of(4))
+    assert logging.getLogger("chitu_diffusion").handlers == before
 
 
 def test_a_closed_engine_cancels_what_is_left_and_takes_no_more(tmp_path):

@@ -37,3 +37,29 @@ def test_other_guidance_runs_both_branches_and_follows_the_formula(scale):
     assert (actual - expected).norm() / expected.norm() < 1e-5
     assert branches.calls == ["cond", "uncond"]
     assert actual.dtype == torch.float32
+
+
+class FakePair:
+    """A rank of a pair whose partner predicts what `branches` has for the other branch."""
+
+    def __init__(self, index, branches):
+        self.index = index
+        self.velocity = branches.velocity
+
+    def both(self, x):
+        assert torch.equal(x, self.velocity[("cond", "uncond")[self.index]])
+        return self.velocity["cond"], self.velocity["uncond"]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_each_rank_of_a_pair_predicts_its_branch_and_gets_the_same_velocity(index):
+    branches, alone = Branches(), Branches()
+    assert torch.equal(guided_velocity(branches, 4.0, FakePair(index, branches)), guided_velocity(alone, 4.0))
+    assert branches.calls == [("cond", "uncond")[index]]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_without_guidance_both_ranks_of_a_pair_predict_the_conditional_branch_and_exchange_nothing(index):
+    branches = Branches()
+    assert guided_velocity(branches, 1.0, FakePair(index, branches)) is branches.velocity["cond"]
+    assert branches.calls == ["cond"]

@@ -13,7 +13,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 
-from chitu_diffusion.media import VideoWriter, unique_path, write_json, write_text
+from chitu_diffusion.media import VideoWriter, to_pixels, unique_path, write_json, write_text
 
 SIZE = (64, 48)  # (width, height)
 
@@ -103,6 +103,33 @@ def test_values_are_clamped_and_truncated_to_bytes(tmp_path, monkeypatch):
     with VideoWriter(tmp_path / "a.mp4", 16, SIZE) as writer:
         writer.put(frames)
     assert pictures[0][0, 0].tolist() == [0, 255, 254]
+
+
+def test_pixels_are_written_as_the_frames_that_they_were(tmp_path):
+    frames = smooth_video(5)
+    with VideoWriter(tmp_path / "a.mp4", 16, SIZE) as writer:
+        writer.put(frames)
+    with VideoWriter(tmp_path / "b.mp4", 16, SIZE) as writer:
+        writer.put(to_pixels(frames))
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_name_that_is_taken_while_a_video_is_made_is_left_alone(tmp_path, monkeypatch, has_links):
+    if not has_links:
+        monkeypatch.setattr("chitu_diffusion.media.os.link", refuse_link)
+    with VideoWriter(tmp_path / "a.mp4", 16, SIZE, keeps_existing=True) as writer:
+        writer.put(smooth_video(1))
+        (tmp_path / "a.mp4").write_text("of another process")
+        path = writer.close()
+    assert path == tmp_path / "a_2.mp4"
+    assert (tmp_path / "a.mp4").read_text() == "of another process"
+    assert read(path).shape == (1, 48, 64, 3)
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["a.mp4", "a_2.mp4"]
+
+
+def refuse_link(source, target):
+    raise PermissionError(1, "Operation not permitted", source, None, target)
 
 
 def test_frames_in_half_precision_are_accepted(tmp_path):

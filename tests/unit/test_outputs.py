@@ -10,6 +10,7 @@ import pytest
 from chitu_diffusion.outputs import (
     RequestRecord,
     check_writable,
+    drop_hydra,
     relocate_hydra,
     run_directory,
     video_stem,
@@ -131,6 +132,21 @@ def test_hydra_files_can_be_deleted(hydra_dir, mode):
 def test_hydra_files_can_be_left_alone(hydra_dir):
     relocate_hydra("default", hydra_dir, hydra_dir.parent / "run")
     assert (hydra_dir / ".hydra" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("mode", ["video_dir", "off"])
+def test_a_rank_above_0_removes_the_hydra_files_of_its_own_even_if_another_was_faster(hydra_dir, mode):
+    drop_hydra(mode, hydra_dir)
+    assert not hydra_dir.exists()
+    drop_hydra(mode, hydra_dir)
+
+
+def test_a_rank_above_0_leaves_hydra_files_alone_by_default_and_other_files_always(hydra_dir):
+    drop_hydra("default", hydra_dir)
+    assert (hydra_dir / ".hydra").is_dir()
+    (hydra_dir / "mine.txt").touch()
+    drop_hydra("off", hydra_dir)
+    assert [path.name for path in hydra_dir.iterdir()] == ["mine.txt"]
 
 
 def test_without_hydra_there_is_nothing_to_move(tmp_path):

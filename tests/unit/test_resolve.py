@@ -114,3 +114,18 @@ def test_unusual_requests_are_remarked_on(small):
     assert "num_frames=161 is more than the 81" in frames
     assert "flexcache=pab is ignored" in reuse
     assert len(remarks(resolve(odd, small), small, flexcache_is_enabled=True)) == 2
+
+
+@pytest.mark.parametrize(("scale", "is_remarked"), [(5.0, False), (1.0, True), (0.0, True)])
+def test_a_request_that_leaves_half_of_the_ranks_without_work_of_their_own_is_remarked_on(
+    small, scale, is_remarked
+):
+    params = resolve(DiffusionUserParams(guidance_scale=scale, num_inference_steps=50), small)
+    assert remarks(params, small, flexcache_is_enabled=False, cfg_size=1) == []
+    found = remarks(params, small, flexcache_is_enabled=False, cfg_size=2)
+    assert ["infer.diffusion.cfg_size=2" in remark for remark in found] == [True] * is_remarked
+
+
+def test_one_expert_without_guidance_is_enough_for_that_remark(two_experts):
+    params = resolve(DiffusionUserParams(guidance_scale=(3.0, 1.0), num_inference_steps=40), two_experts)
+    assert len(remarks(params, two_experts, flexcache_is_enabled=False, cfg_size=2)) == 1

@@ -1,5 +1,6 @@
 """Tasks and their pool: ids, phases, wishes and counts, without an engine."""
 
+import itertools
 import time
 
 import pytest
@@ -209,3 +210,24 @@ def test_the_process_pool_is_one_pool_under_documented_names():
         DiffusionTaskPool.reset()
     assert DiffusionTaskPool.is_empty()
     assert DiffusionTaskPool.pool == {}
+
+
+def test_processes_that_make_the_same_tasks_find_the_same_ids(monkeypatch):
+    def ids_of_a_process(*prompts):
+        monkeypatch.setattr(DiffusionTask, "_made", itertools.count())
+        return [new_task(prompt=prompt).task_id for prompt in prompts]
+
+    first = ids_of_a_process("a cat", "a dog", "a cat")
+    assert ids_of_a_process("a cat", "a dog", "a cat") == first
+    assert len(set(first)) == 3
+    assert ids_of_a_process("a cat", "a cow", "a cat")[1] != first[1]
+
+
+def test_a_replica_shares_in_its_own_tasks_and_in_those_that_none_has_begun():
+    pool, tasks = TaskPool(), [new_task(prompt=str(number)) for number in range(4)]
+    for task, replica in zip(tasks, (None, 0, 1, None), strict=True):
+        task.replica = replica
+        pool.add(task)
+    assert pool.share(1).id_list == [tasks[index].task_id for index in (0, 2, 3)]
+    assert pool.share(0).unfinished() == [tasks[0], tasks[1], tasks[3]]
+    assert pool.share(0).get(tasks[2].task_id) is None

@@ -1,0 +1,61 @@
+"""What a finished task has to say for itself: every value that was used, from request, networks and ranks."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from chitu_core import __version__, memory
+from chitu_core.distributed import ParallelMesh
+from chitu_diffusion.prepare import Pipeline
+from chitu_diffusion.result import TaskResult
+from chitu_diffusion.task import DiffusionTask
+
+
+def result_of(
+    task: DiffusionTask,
+    pipeline: Pipeline,
+    seconds: dict[str, float],
+    *,
+    model: str,
+    device: torch.device,
+    mesh: ParallelMesh,
+) -> TaskResult:
+    """The record of a task that has run to its end on `device`; `seconds` by stage."""
+    params, buffer = task.params, task.buffer
+    assert params is not None
+    assert buffer.timesteps is not None
+    path = Path(buffer.save_path or "")
+    used = [pipeline.spec.select_expert(t).name for t in buffer.timesteps.tolist()]
+    return TaskResult(
+        filename=path.name,
+        prompt=params.prompt,
+        seed=params.seed,
+        step=params.num_inference_steps,
+        task_id=task.task_id,
+        video_path=str(path.absolute()),
+        model=model,
+        negative_prompt=params.negative_prompt,
+        role=params.role,
+        width=params.width,
+        height=params.height,
+        num_frames=params.num_frames,
+        fps=params.fps,
+        sample_solver=params.sample_solver,
+        sample_shift=params.sample_shift,
+        guidance_scale=params.guidance_scale,
+        latent_shape=pipeline.spec.latent_shape(params.num_frames, params.height, params.width),
+        seq_len=buffer.seq_len or 0,
+        experts=tuple(dict.fromkeys(used)),
+        attention=pipeline.attention.name,
+        cross_attention=pipeline.attention.cross_name,
+        dtype=str(pipeline.dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        flexcache=None,
+        parallel=asdict(mesh.degrees),
+        approximations=pipeline.attention.approximations(params.num_inference_steps),
+        warnings=tuple(task.warnings),
+        seconds={stage: round(value, 4) for stage, value in seconds.items()},
+        peak_memory=memory.peak(device),
+        versions={"chitu-diffusion": __version__, "torch": torch.__version__},
+    )
