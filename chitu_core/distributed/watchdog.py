@@ -74,7 +74,8 @@ class Watchdog:
         """Tell all ranks that this one failed; return what is believed, which is what the first one said.
 
         Of a rank whose process is gone, others learn by connections that break, and that is no reason of
-        their own. So the first one stays until the others have read it; the store may go with it.
+        their own. So the first one stays until the others have read it, and so does rank 0, which may hold
+        the store.
         """
         text = f"rank {self._rank} on {socket.gethostname()} failed: {message}"
         self._failed_at = time.monotonic()
@@ -82,7 +83,7 @@ class Watchdog:
             believed = self._store.compare_set(_FAILED, "", text).decode(errors="replace")
         except RuntimeError:  # the store went with rank 0, and so will all
             return text
-        if believed == text:
+        if believed == text or self._rank == 0:
             time.sleep(LINGER_PERIODS * PERIOD_S)
         return str(believed)
 
