@@ -75,9 +75,7 @@ class Engine:
             undo.pop_all()
         self.log = StageLog(environment, config.output.enable_timer_dump, is_quiet=not self.mesh.is_leader)
         self.ledger = Ledger(pool, self.mesh, config, self.log)
-        self.generator: Generator | None = Generator(
-            pipeline, config, self.mesh, self.folder, device=self.device, dtype=self.dtype
-        )
+        self.generator: Generator | None = Generator(pipeline, config, self.mesh, self.folder, self.device)
         self._is_amid_step = False
         self.state = BackendState.Initialized
         self.ledger.adopt()
@@ -217,7 +215,7 @@ class Engine:
                     continue
                 runs[replica] = Run.of(task)
                 task.replica = replica
-        run_dir = None if self.folder.path is None else str(self.folder.path.absolute())
+        run_dir = None if self.folder.path is None else str(self.folder.path)
         return Orders(tuple(runs), cancelled, refused, run_dir)
 
     def _open_folder(self, task: DiffusionTask) -> None:

@@ -46,16 +46,13 @@ class Generator:
         config: Config,
         mesh: ParallelMesh,
         folder: RunFolder,
-        *,
         device: torch.device,
-        dtype: torch.dtype,
     ) -> None:
         self.pipeline = pipeline
         self.config = config
         self.mesh = mesh
         self.folder = folder
         self.device = device
-        self.dtype = dtype
         self._pair = mesh.branches()
         self._line = mesh.line()
         self.timer = Timer(device, config.output.enable_timer_dump)
@@ -128,11 +125,7 @@ class Generator:
         if buffer.current_step < params.num_inference_steps:
             self._enter_expert(task)
             return Stage.Denoise
-        if not torch.isfinite(
-            buffer.latents
-        ).all():  # the one host read of a task; a black video says nothing
-            remedy = "check the checkpoint" if self.dtype == torch.float32 else "try infer.dtype=float32"
-            raise FloatingPointError(f"denoising in {self.dtype} gave values that are not finite; {remedy}")
+        self._check_finite(buffer.latents)
         return Stage.VAEDecode
 
     def vae_decode_step(self, task: DiffusionTask, log: StageLog) -> None:
@@ -153,6 +146,14 @@ class Generator:
             if writer is not None:
                 task.buffer.save_path = str(writer.close())
                 log.saved(task.task_id, task.buffer.save_path)
+
+    def _check_finite(self, latents: Tensor) -> None:
+        """The one host read of a task: a black video would say nothing. Raises FloatingPointError."""
+        if torch.isfinite(latents).all():
+            return
+        dtype = self.pipeline.dtype
+        remedy = "check the checkpoint" if dtype == torch.float32 else "try infer.dtype=float32"
+        raise FloatingPointError(f"denoising in {dtype} gave values that are not finite; {remedy}")
 
     def _decode(self, latents: Tensor, writer: VideoWriter | None) -> Exception | None:
         """Decode with all ranks of the replica; its leader writes. What the disk refused comes back."""

@@ -75,8 +75,8 @@ class Ledger:
 
     def _task_of(self, run: Run) -> DiffusionTask:
         """This rank's copy of a task, made or completed from the request that comes with the first step."""
-        request = run.request()
-        if request is not None and request.params is not None and self.mesh.degrees.world > 1:
+        request = run.request() if self.mesh.degrees.world > 1 else None
+        if request is not None and request.params is not None:
             if run.task_id not in self.pool.pool:
                 self.pool.add(DiffusionTask(run.task_id, req=request))
             task = self.pool.pool[run.task_id]

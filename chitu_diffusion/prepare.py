@@ -20,7 +20,7 @@ from chitu_diffusion.encoders.tokenizer import PromptTokenizer, TokenizedPrompt
 from chitu_diffusion.encoders.umt5 import UMT5Config, UMT5Encoder
 from chitu_diffusion.models.wan import WanConfig, WanDiT
 from chitu_diffusion.spec import ModelSpec, experts_of
-from chitu_diffusion.vaes.wan import WAN21_LATENTS_MEAN, WAN21_LATENTS_STD, WanVAE, WanVAEConfig
+from chitu_diffusion.vaes.wan import WanVAE, WanVAEConfig, wan21
 
 logger = logging.getLogger(__name__)
 
@@ -202,15 +202,7 @@ def _yaml_sizes(model: ModelConfig) -> Sizes:
     encoder = UMT5Config(
         text.vocab_size, text.dim, text.attention_dim, text.num_heads, text.ffn_dim, text.num_layers
     )
-    vae = WanVAEConfig(
-        base_dim=model.vae.base_dim,
-        z_dim=model.vae.z_dim,
-        dim_mult=(1, 2, 4, 4),
-        num_res_blocks=2,
-        temporal_downsample=(False, True, True),
-        latents_mean=WAN21_LATENTS_MEAN,
-        latents_std=WAN21_LATENTS_STD,
-    )
+    vae = wan21(model.vae.base_dim, model.vae.z_dim)
     dit = WanConfig(text_len=text.text_len, **asdict(size))
     return Sizes(encoder, vae, {expert.name: dit for expert in experts_of(model.sampler)})
 

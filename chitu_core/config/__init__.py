@@ -178,15 +178,14 @@ class DiffusionConfig:
     enable_flexcache: bool = _doc("let requests reuse features across steps; not in this version")
 
     def __post_init__(self) -> None:
-        for name, legal in (("cfg_size", "auto, 1 or 2"), ("cp_size", "auto or a whole number, at least 1")):
+        for name in ("cfg_size", "cp_size"):
             value = getattr(self, name)
             if isinstance(value, str) and value.isdecimal():
-                value = int(value)
-                object.__setattr__(self, name, value)
-            holds = value == "auto" or (isinstance(value, int) and value >= 1)
-            if name == "cfg_size":
-                holds = value in ("auto", 1, 2)
-            _require(holds, f"infer.diffusion.{name}", value, f"must be {legal}")
+                object.__setattr__(self, name, int(value))
+        cfg, cp = self.cfg_size, self.cp_size
+        _require(cfg in ("auto", 1, 2), "infer.diffusion.cfg_size", cfg, "must be auto, 1 or 2")
+        holds = cp == "auto" or (isinstance(cp, int) and cp >= 1)
+        _require(holds, "infer.diffusion.cp_size", cp, "must be auto or a whole number, at least 1")
         _require(self.up_limit >= 1, "infer.diffusion.up_limit", self.up_limit, "must be at least 1")
         _only("infer.diffusion.low_mem_level", self.low_mem_level, 0)
         _only("infer.diffusion.enable_flexcache", self.enable_flexcache, False)

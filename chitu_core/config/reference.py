@@ -10,8 +10,7 @@ from typing import Any, get_args
 
 from omegaconf import OmegaConf
 
-from chitu_core import attention
-from chitu_core import launch_settings as launch
+from chitu_core import attention, launch_settings
 from chitu_core.config import DTYPES, HYDRA_DUMP_MODES, Config, ModelConfig
 from chitu_core.environment import LOGGING_LEVELS, Environment
 
@@ -225,7 +224,7 @@ def _variables() -> str:
 
 def _launcher() -> str:
     rows = []
-    for key in launch.KEYS:
+    for key in launch_settings.KEYS:
         default = "not passed on" if key.default is None else f"`{_literal(key.default)}`"
         becomes = f"`{key.hydra}`" if key.hydra else _EXPORTED.get(key.path, "")
         rows.append([f"`{key.path}`", default, key.kind[1], becomes])

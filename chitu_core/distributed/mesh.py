@@ -52,6 +52,12 @@ class ParallelMesh:
         """Whether this rank writes the files of its replica."""
         return self.rank % self.degrees.replica == 0
 
+    @property
+    def device_groups(self) -> list[dist.ProcessGroup]:
+        """Every group that tensors travel in, once: axes with the same ranks share one."""
+        groups = (self.ulysses, self.ring, self.cp, self.cfg, self.replica)
+        return list(dict.fromkeys(group for group in groups if group is not None))
+
     def replica_ranks(self, dp: int) -> range:
         """The ranks of one replica."""
         return range(dp * self.degrees.replica, (dp + 1) * self.degrees.replica)
@@ -90,8 +96,7 @@ class ParallelMesh:
         if self.watchdog is not None:
             self.watchdog.stop()
         dist.barrier(group=self.control)  # nobody's store goes while somebody still reads it
-        groups = (self.ulysses, self.ring, self.cp, self.cfg, self.replica, self.control)
-        for group in dict.fromkeys(group for group in groups if group is not None):
+        for group in (*self.device_groups, self.control):
             dist.destroy_process_group(group)
 
 
@@ -162,6 +167,5 @@ def _with_groups(mesh: ParallelMesh, backend: str) -> ParallelMesh:
 def _warm_up(mesh: ParallelMesh, device: torch.device) -> None:
     """Open every connection now: the first use of a group takes up to a second, and all must take part."""
     number = torch.zeros(1, device=device)
-    for group in (mesh.ulysses, mesh.ring, mesh.cp, mesh.cfg, mesh.replica):
-        if group is not None:
-            dist.all_reduce(number, group=group)
+    for group in mesh.device_groups:
+        dist.all_reduce(number, group=group)

@@ -21,6 +21,7 @@ SILENCE_S = 30.0  # longer than anything that keeps a rank's threads from runnin
 GRACE_S = 10.0  # what a rank that failed may take to end by itself
 LINGER_PERIODS = 2.5  # how long a rank that failed stays, so that the others read why
 _FAILED = "chitu/failed"
+_ADVICE = "out of memory; ask for a smaller size, or use more ranks; "
 
 
 class RankFailure(RuntimeError):
@@ -80,12 +81,12 @@ class Watchdog:
         text = f"rank {self._rank} on {socket.gethostname()} failed: {message}"
         self._failed_at = time.monotonic()
         try:
-            believed = self._store.compare_set(_FAILED, "", text).decode(errors="replace")
+            believed = self._believed(text)
         except RuntimeError:  # the store went with rank 0, and so will all
             return text
         if believed == text or self._rank == 0:
             time.sleep(LINGER_PERIODS * PERIOD_S)
-        return str(believed)
+        return believed
 
     def guard(self, doing: str) -> "Guard":
         """For work in which others wait for this rank: an error becomes RankFailure and ends the job."""
@@ -141,8 +142,13 @@ class Watchdog:
                 self._heard[other] = (sign, now)
             elif now - self._heard[other][1] > SILENCE_S:
                 silence = f"rank {other} has not been heard for {SILENCE_S:.0f} s"
-                return str(self._store.compare_set(_FAILED, "", silence).decode(errors="replace"))
+                return self._believed(silence)
         return None
+
+    def _believed(self, text: str) -> str:
+        """Why the job ends: `text`, unless another rank was faster."""
+        believed: bytes = self._store.compare_set(_FAILED, "", text)
+        return believed.decode(errors="replace")
 
 
 class Guard:
@@ -160,9 +166,7 @@ class Guard:
     ) -> None:
         if error is None:
             return
-        advice = (
-            "out of memory; ask for a smaller size, or use more ranks; " if is_out_of_memory(error) else ""
-        )
+        advice = _ADVICE if is_out_of_memory(error) else ""
         believed = self._watchdog.report(f"{self._doing}: {advice}{type(error).__name__}: {error}")
         if isinstance(error, Exception):
             raise RankFailure(believed) from error

@@ -60,6 +60,19 @@ class WanVAEConfig:
         return 2 ** sum(self.temporal_downsample), spatial, spatial
 
 
+def wan21(base_dim: int, z_dim: int = 16) -> WanVAEConfig:
+    """The autoencoder of Wan 2.1, of any width."""
+    return WanVAEConfig(
+        base_dim=base_dim,
+        z_dim=z_dim,
+        dim_mult=(1, 2, 4, 4),
+        num_res_blocks=2,
+        temporal_downsample=(False, True, True),
+        latents_mean=WAN21_LATENTS_MEAN,
+        latents_std=WAN21_LATENTS_STD,
+    )
+
+
 class Stream:
     """One pass over a clip, chunk after chunk: holds the last input frames of each causal convolution.
 

@@ -8,8 +8,9 @@ from oracles import randomise, relative_error
 from torch import Tensor
 from torch import distributed as dist
 
+from chitu_core.distributed.collectives import Line
 from chitu_diffusion.vaes._strips import Strips
-from chitu_diffusion.vaes.wan import WAN21_LATENTS_MEAN, WAN21_LATENTS_STD, WanVAE, WanVAEConfig
+from chitu_diffusion.vaes.wan import WanVAE, wan21
 
 pytestmark = pytest.mark.dist
 
@@ -18,11 +19,11 @@ SIDES = [(5, 3), (3, 5), (3, 3), (1, 1)]  # rows cut; columns cut; a square; few
 BASE_DIM = 8
 
 
-class WorldLine:
+class WorldLine(Line):
     """All ranks of the default group as a line, which counts what it is asked for."""
 
     def __init__(self) -> None:
-        self.index, self.size = dist.get_rank(), dist.get_world_size()
+        super().__init__(dist.group.WORLD)
         self.call_num = self.sent_bytes = 0
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> None:
@@ -30,10 +31,7 @@ class WorldLine:
         assert all(tensor.is_contiguous() for _, tensor in (*sends, *receives))
         self.call_num += 1
         self.sent_bytes += sum(tensor.nbytes for _, tensor in sends)
-        operations = [dist.P2POp(dist.isend, tensor, rank) for rank, tensor in sends]
-        operations += [dist.P2POp(dist.irecv, tensor, rank) for rank, tensor in receives]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+        super().exchange(sends, receives)
 
 
 class ShortLine:
@@ -47,16 +45,7 @@ class ShortLine:
 
 
 def tiny_vae() -> WanVAE:
-    config = WanVAEConfig(
-        base_dim=BASE_DIM,
-        z_dim=16,
-        dim_mult=(1, 2, 4, 4),
-        num_res_blocks=2,
-        temporal_downsample=(False, True, True),
-        latents_mean=WAN21_LATENTS_MEAN,
-        latents_std=WAN21_LATENTS_STD,
-    )
-    return randomise(WanVAE(config), seed=0)
+    return randomise(WanVAE(wan21(BASE_DIM)), seed=0)
 
 
 def random(*shape: int) -> Tensor:

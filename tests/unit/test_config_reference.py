@@ -55,7 +55,7 @@ def test_every_key_stands_in_the_page_once():
 
 
 def launcher_keys() -> set[str]:
-    return {key.path for key in reference.launch.KEYS}
+    return {key.path for key in reference.launch_settings.KEYS}
 
 
 def test_every_key_of_the_launcher_stands_in_the_page():
