@@ -1,62 +1,67 @@
 """Strict, streaming weights: fill a meta-device module from safetensors shards or one .pth file.
 
 Whatever headers can tell (missing, unexpected, misshaped, duplicated, unreadable) is an error before any
-tensor is read, in the checkpoint's own spelling. Leaves out packing and quantisation, and knows no model.
+tensor is read, in the checkpoint's own spelling. A parameter may be several of the checkpoint's tensors, one
+after another. Leaves out what a quantised layer makes of its tensor, and knows no model.
 """
 
-import json
-import pickle
-from collections.abc import Callable, Iterable, Iterator
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-Rename = Callable[[str], str | None]  # checkpoint key -> module name; None: known and not needed
+from chitu_core._staging import STAGING, Piece, Staging, carry, ring
+from chitu_core._weight_files import Entry, TensorSource, entries_of, find, open_stored, shapes, some
+
+__all__ = [
+    "Receiver",
+    "Staging",
+    "TensorSource",
+    "find",
+    "load",
+    "pack",
+    "randomise",
+    "shapes",
+    "whole",
+]
+
+logger = logging.getLogger(__name__)
+
+Rename = Callable[[str], str | None]  # checkpoint key -> official name; None: known and not needed
 DtypeOf = Callable[[str], torch.dtype]  # module name -> dtype to keep it in
-
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_PTH_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_SHOWN = 5  # keys of one kind in a message; the rest is counted
+PartsOf = Callable[[str], tuple[str, ...]]  # module name -> official names of the tensors that make it up
 
 
-@dataclass(frozen=True)
-class TensorSource:
-    """The files with one module's tensors: safetensors shards, with an index or without, or one .pth file."""
+class Receiver(ABC):
+    """A module that takes whole tensors itself, as one does that keeps them in another form.
 
-    files: tuple[Path, ...]
-    index: Path | None = None
-
-
-@dataclass(frozen=True)
-class _Entry:
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    num_bytes: int
-
-
-def find(folder: Path, stem: str) -> TensorSource:
-    """The safetensors files `<stem>*` of a folder: those that the index lists; without an index, all.
-
-    Raises ValueError for a folder without such a file and for an unreadable index.
+    For matching, its `state_dict` lists what the checkpoint has, on the meta device. What it makes of them is
+    in non-persistent buffers.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(_weight_map(index).values()))
-        return TensorSource(tuple(folder / shard for shard in shards), index)
-    files = tuple(sorted(folder.glob(f"{stem}*.safetensors")))
-    if not files:
-        raise ValueError(f"{folder} holds no {stem}*.safetensors; fetch the checkpoint again")
-    return TensorSource(files)
+
+    @abstractmethod
+    def receive(self, leaf: str, tensor: Tensor) -> None:
+        """Take the tensor that `state_dict` lists as `leaf`, on the device and in the dtype of `load`."""
 
 
-def shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:
-    """Checkpoint key -> shape, from headers alone; raises ValueError for files that cannot be read."""
-    return {entry.key: entry.shape for entry in _entries(source)}
+@dataclass(frozen=True)
+class _Slot:
+    """Where a checkpoint's tensor goes: rows of a parameter, the `part`-th of `parts` equal runs."""
+
+    name: str
+    part: int
+    parts: int
+    shape: tuple[int, ...]  # of this part
+
+
+def whole(name: str) -> tuple[str, ...]:
+    """The parts of a parameter that is one tensor of the same name."""
+    return (name,)
 
 
 def load(
@@ -69,29 +74,35 @@ def load(
     label: str,
     spell: Callable[[str], str] = str,
     progress: bool = True,
+    parts_of: PartsOf = whole,
+    staging: Staging = STAGING,
 ) -> None:
     """Fill every parameter and persistent buffer of a module (made on the meta device) from a checkpoint.
 
-    A tensor is cast to `dtype_of(module name)`, copied to `device` and released before the next one is read,
-    so host memory above the model stays below one shard. `spell` turns a module name into the checkpoint's
-    key, for messages about missing tensors. `progress` shows a bar on a terminal; False on ranks above 0.
+    `rename` turns a checkpoint's key into an official name, and `spell` back, for messages. `parts_of` gives,
+    for a parameter of the module, the official tensors of equal shape whose rows (dim 0) make it up.
+    Tensors travel as they are stored, in pieces, and are cast on `device` to `dtype_of(module name)`; above
+    the model, the host holds the buffers of `staging`. `progress` shows a bar on a terminal; False on ranks
+    above 0.
     Raises ValueError naming file and key when the checkpoint does not fit the module exactly.
     """
-    entries = _entries(source)
-    plan = _match(module, source, entries, rename, spell)
-    total = sum(entry.num_bytes for entry in entries if entry.key in plan)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None if progress else True) as bar:
-        for file in source.files:
-            keys = {entry.key for entry in entries if entry.file == file and entry.key in plan}
-            for key, tensor in _read(file, keys):
-                name = plan[key]
-                # NOTE copy=True: an alias would tie the parameter to the mapped file
-                ours = tensor.to(
-                    device=device, dtype=dtype_of(name), copy=True, memory_format=torch.contiguous_format
-                )
-                _place(module, name, ours)
-                bar.update(tensor.nbytes)
+    begin = time.perf_counter()
+    entries = entries_of(source)
+    plan = _match(module, source, entries, rename, spell, parts_of)
+    wanted = [entry for entry in entries if entry.key in plan]
+    total = sum(entry.num_bytes for entry in wanted)
+    filling = _Filling(module, plan, device, dtype_of)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None if progress else True)
+    with bar, open_stored(wanted) as tensors:
+
+        def deliver(piece: Piece, staged: Tensor) -> None:
+            filling.add(piece, staged)
+            bar.update(piece.num_bytes)
+
+        carry(tensors, ring(staging, total, device), staging, deliver)
     _assert_no_meta(module)
+    seconds = time.perf_counter() - begin
+    logger.info("%s: %.3g GB in %.3g s (%.3g GB/s)", label, total / 1e9, seconds, total / 1e9 / seconds)
 
 
 def randomise(module: nn.Module, *, device: torch.device, dtype_of: DtypeOf, seed: int) -> None:
@@ -115,122 +126,101 @@ def randomise(module: nn.Module, *, device: torch.device, dtype_of: DtypeOf, see
     _assert_no_meta(module)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """Key -> shard's file name, as the index lists them."""
-    try:
-        listed = json.loads(index.read_text("utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index}: not a safetensors index ({error}); fetch it again") from error
-    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
-        raise ValueError(f"{index}: weight_map must map keys to file names; fetch it again")
-    return listed
+def pack(state: Mapping[str, Tensor], names: Iterable[str], parts_of: PartsOf) -> dict[str, Tensor]:
+    """The tensors of a module, by its own names, from an official state dict; KeyError for a missing part.
+
+    A parameter of one part is that tensor itself, without a copy.
+    """
+    packed: dict[str, Tensor] = {}
+    for name in names:
+        parts = [state[part] for part in parts_of(name)]
+        packed[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return packed
 
 
-def _entries(source: TensorSource) -> list[_Entry]:
-    """Every tensor of the source, from headers; raises ValueError for unreadable or inconsistent files."""
-    listed = _weight_map(source.index) if source.index else {}
-    for file in source.files:
-        if not file.is_file():
-            keys = [key for key, shard in listed.items() if shard == file.name]
-            why = f"; {source.index} lists it for {_some(keys)}" if source.index else ""
-            raise ValueError(f"{file} does not exist{why}; fetch the checkpoint again")
-    entries: list[_Entry] = []
-    seen: dict[str, Path] = {}
-    for file in source.files:
-        for entry in _header(file):
-            if entry.key in seen:
-                twice = f"tensor {entry.key} is both in {seen[entry.key]} and in {file}"
-                raise ValueError(f"{twice}; keep one set of shards in the folder")
-            seen[entry.key] = file
-            entries.append(entry)
-    lacking = [
-        f"{key} in {shard}" for key, shard in listed.items() if key not in seen or seen[key].name != shard
-    ]
-    if lacking:
-        raise ValueError(
-            f"{source.index} lists tensors that are not there: {_some(lacking)}; fetch the checkpoint again"
-        )
-    return entries
+class _Filling:
+    """The parameters of a module while their pieces come in; each is placed when it is complete."""
+
+    def __init__(
+        self, module: nn.Module, plan: Mapping[str, _Slot], device: torch.device, dtype_of: DtypeOf
+    ) -> None:
+        self._module = module
+        self._plan = plan
+        self._device = device
+        self._dtype_of = dtype_of
+        self._open: dict[str, Tensor] = {}
+        self._num_missing: dict[str, int] = {}  # parts of an open parameter that are not complete
+
+    def add(self, piece: Piece, staged: Tensor) -> None:
+        """Copy the bytes of a piece to where they belong; on a GPU this only queues the copy."""
+        entry = piece.stored.entry
+        slot = self._plan[entry.key]
+        if slot.name not in self._open:
+            self._open[slot.name] = self._allocate(slot)
+            self._num_missing[slot.name] = slot.parts
+        target = self._open[slot.name]
+        begin = (slot.part * entry.num_bytes + piece.begin) // entry.dtype.itemsize
+        elements = staged.view(entry.dtype)
+        if entry.dtype != target.dtype:  # cast where it arrives: the host is the slower one
+            elements = elements.to(self._device, non_blocking=True)
+        target.view(-1)[begin : begin + elements.numel()].copy_(elements, non_blocking=True)
+        if piece.is_last:
+            self._num_missing[slot.name] -= 1
+            if self._num_missing[slot.name] == 0:
+                _place(self._module, slot.name, self._open.pop(slot.name))
+
+    def _allocate(self, slot: _Slot) -> Tensor:
+        shape = slot.shape if slot.parts == 1 else (slot.shape[0] * slot.parts, *slot.shape[1:])
+        return torch.empty(shape, device=self._device, dtype=self._dtype_of(slot.name))
 
 
-def _header(file: Path) -> list[_Entry]:
-    """The tensors of one file; raises ValueError for what is not a whole file of floating point tensors."""
-    if file.suffix == ".pth":
-        state = _open_pth(file)
-        rows = [(key, tuple(t.shape), _PTH_DTYPES.get(t.dtype, str(t.dtype))) for key, t in state.items()]
-    else:
-        with _open_safetensors(file) as handle:
-            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
-            rows = [(key, tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()]
-    for key, _, dtype in rows:
-        if dtype not in _BYTES:
-            raise ValueError(
-                f"{file}: tensor {key} is {dtype}; give a checkpoint in float32, float16 or bfloat16"
-            )
-    return [_Entry(file, key, shape, torch.Size(shape).numel() * _BYTES[dtype]) for key, shape, dtype in rows]
-
-
-def _open_safetensors(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch it again") from error
-
-
-def _open_pth(file: Path) -> dict[str, Tensor]:
-    """A mapped state dict; weights_only admits tensors and containers, so that no code of the file runs."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        # NOTE torch's own text recommends weights_only=False, which would run the file's code
-        raise ValueError(
-            f"{file} holds more than tensors and was not opened; get it from its source"
-        ) from error
-    except (RuntimeError, OSError, EOFError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(
-            f"{file} is not a whole file of torch.save's zip format ({why}); fetch it again"
-        ) from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} holds a {type(state).__name__}, not a dict of tensors")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f"{file}: entry {key!r} is a {type(value).__name__}; expected names and tensors only"
-            )
-    return state
+def _slots(module: nn.Module, parts_of: PartsOf) -> dict[str, _Slot]:
+    """Official name -> where its tensor goes, for every parameter and persistent buffer."""
+    slots: dict[str, _Slot] = {}
+    for name, target in module.state_dict(keep_vars=True).items():
+        parts, shape = parts_of(name), tuple(target.shape)
+        if len(parts) > 1:
+            is_divisible = bool(shape) and shape[0] % len(parts) == 0
+            assert is_divisible, f"{name} {list(shape)} is not made of {len(parts)} equal parts"
+            shape = (shape[0] // len(parts), *shape[1:])
+        for number, part in enumerate(parts):
+            assert part not in slots, f"{part} is a part of both {slots[part].name} and {name}"
+            slots[part] = _Slot(name, number, len(parts), shape)
+    return slots
 
 
 def _match(
     module: nn.Module,
     source: TensorSource,
-    entries: list[_Entry],
+    entries: list[Entry],
     rename: Rename,
     spell: Callable[[str], str],
-) -> dict[str, str]:
-    """Checkpoint key -> module name, one to one and onto; raises ValueError listing all that does not fit."""
-    targets = module.state_dict(keep_vars=True)
-    plan: dict[str, str] = {}
+    parts_of: PartsOf,
+) -> dict[str, _Slot]:
+    """Checkpoint key -> its slot, one to one and onto; raises ValueError listing all that does not fit."""
+    slots = _slots(module, parts_of)
+    plan: dict[str, _Slot] = {}
     taken: dict[str, str] = {}
     problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshaped": [], "duplicated": []}
     for entry in entries:
         name = rename(entry.key)
         if name is None:
             continue
-        if name not in targets:
+        if name not in slots:
             problems["unexpected"].append(f"{entry.key} in {entry.file}")
-        elif name in taken:
+            continue
+        if name in taken:
             problems["duplicated"].append(f"{entry.key} in {entry.file} means the same as {taken[name]}")
-        elif entry.shape != tuple(targets[name].shape):
-            wanted = list(targets[name].shape)
+        elif entry.shape != slots[name].shape:
+            wanted = list(slots[name].shape)
             problems["misshaped"].append(
                 f"{entry.key} in {entry.file} is {list(entry.shape)}, the model has {wanted}"
             )
         taken.setdefault(name, entry.key)
-        plan[entry.key] = name
+        plan[entry.key] = slots[name]
     place = source.index or source.files[0]
-    problems["missing"] = [f"{spell(name)} in {place}" for name in targets if name not in taken]
-    found = [f"{kind}: {_some(items)}" for kind, items in problems.items() if items]
+    problems["missing"] = [f"{spell(name)} in {place}" for name in slots if name not in taken]
+    found = [f"{kind}: {some(items)}" for kind, items in problems.items() if items]
     if found:
         raise ValueError(
             f"the checkpoint does not fit the model; {'; '.join(found)}; give the checkpoint of this model"
@@ -238,25 +228,13 @@ def _match(
     return plan
 
 
-def _read(file: Path, keys: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """The wanted tensors of one file as views of the mapped file, in the order in which they lie on disk."""
-    if file.suffix == ".pth":
-        state = _open_pth(file)
-        for key in list(state):
-            tensor = state.pop(key)
-            if key in keys:
-                yield key, tensor
-        return
-    with _open_safetensors(file) as handle:
-        for key in handle.offset_keys():
-            if key in keys:
-                yield key, handle.get_tensor(key)
-
-
 def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in the place of a parameter or of a buffer."""
+    """Put a tensor in the place of a parameter or of a buffer, or hand it to the module that receives it."""
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
+    if isinstance(owner, Receiver):
+        owner.receive(leaf, tensor)
+        return
     is_parameter = leaf in dict(owner.named_parameters(recurse=False))
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
@@ -264,10 +242,3 @@ def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
 def _assert_no_meta(module: nn.Module) -> None:
     left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
     assert not left, f"buffers that no checkpoint holds must not be made on the meta device: {left}"
-
-
-def _some(items: Iterable[str]) -> str:
-    """The first few items, and how many more there are."""
-    texts = list(items)
-    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-    return ", ".join(texts[:_SHOWN]) + more

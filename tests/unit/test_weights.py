@@ -1,7 +1,11 @@
-"""Loading of tensors: exact values, streaming, and an error with file and key for each wrong checkpoint."""
+"""Loading of tensors: exact values, packing, streaming, and an error with file and key for each wrong
+checkpoint.
+"""
 
 import json
+import logging
 import pickle
+import threading
 import weakref
 from pathlib import Path
 
@@ -13,9 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from chitu_core import weights
-from chitu_core.weights import TensorSource
+from chitu_core.weights import Receiver, Staging, TensorSource
 
 CPU = torch.device("cpu")
+SMALL = Staging(readers=3, buffers=3, buffer_bytes=64)  # less than the states here
 
 
 class Net(nn.Module):
@@ -102,26 +107,42 @@ def test_shapes_come_from_headers_alone(tmp_path):
     state = make_state()
     with pytest.MonkeyPatch.context() as patch:
         source = write(tmp_path, state, shards=2)
-        patch.setattr(weights, "_read", None)
+        patch.setattr(weights, "open_stored", None)
         assert weights.shapes(source) == {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def test_one_tensor_of_the_checkpoint_is_alive_at_a_time(tmp_path):
-    sources: list[weakref.ref[Tensor]] = []
-    alive: list[int] = []
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_the_host_holds_the_staging_buffers_and_nothing_else_of_the_checkpoint(tmp_path, suffix):
+    buffers: list[weakref.ref[Tensor]] = []
+    copied: list[int] = []
 
     class Watch(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is Tensor.to:
-                sources.append(weakref.ref(args[0]))
-                alive.append(sum(ref() is not None for ref in sources))
-            return func(*args, **(kwargs or {}))
+        """Sees every tensor that is made, and where copies come from."""
 
-    source = write(tmp_path, make_state(), shards=2)
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            assert func not in (Tensor.clone, torch.clone, torch.cat, torch.stack)
+            if func is torch.empty and made.dtype == torch.uint8:
+                buffers.append(weakref.ref(made))
+            if func is Tensor.copy_:
+                copied.append(args[1].nbytes)
+                alive = [buffer() for buffer in buffers if buffer() is not None]
+                inside = [b for b in alive if 0 <= args[1].data_ptr() - b.data_ptr() < b.nbytes]
+                assert len(inside) == 1  # every copy is out of a buffer
+                assert sum(buffer.nbytes for buffer in alive) <= SMALL.buffers * SMALL.buffer_bytes
+            return made
+
+    state, net = make_state(), make_net()
+    if suffix == ".pth":
+        torch.save(state, tmp_path / "model.pth")
+    source = TensorSource((tmp_path / "model.pth",)) if suffix == ".pth" else write(tmp_path, state, shards=2)
     with Watch():
-        load(make_net(), source)
-    assert len(alive) == len(make_state())
-    assert max(alive) == 1
+        load(net, source, dtype=torch.bfloat16, staging=SMALL)
+    assert sum(copied) == sum(tensor.nbytes for tensor in state.values())
+    assert max(copied) <= SMALL.buffer_bytes
+    assert len(buffers) == SMALL.buffers
+    assert not any(buffer() is not None for buffer in buffers)
+    assert_equal(net, {name: tensor.bfloat16() for name, tensor in state.items()})
 
 
 def test_the_progress_bar_stays_away_from_pipes_and_other_ranks(tmp_path, capfd):
@@ -285,3 +306,195 @@ def test_random_weights_have_the_scale_dtype_and_seed_asked_for():
     assert 0 < state["net.modulation"].float().std() < 0.05
     assert all(torch.equal(state[name], same[name]) for name in state)
     assert not torch.equal(state["linear.weight"], other["linear.weight"])
+
+
+class Odd(nn.Module):
+    """What the pieces of a stream can stumble over: no elements, no axes, more bytes than a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.long = nn.Parameter(torch.zeros(257, 3))
+        self.register_buffer("nothing", torch.zeros(0))
+        self.many = nn.ParameterList([nn.Parameter(torch.zeros(i, 3)) for i in range(20)])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("staging", [SMALL, Staging(1, 1, 64), Staging(8, 2, 4096), Staging()])
+def test_tensors_of_every_shape_and_dtype_pass_through_buffers_of_every_size(tmp_path, suffix, staging):
+    with torch.device("meta"):
+        net = Odd()
+    generator = torch.Generator().manual_seed(1)
+    stored = (torch.float32, torch.float16, torch.bfloat16)
+    state = {
+        name: torch.randn(tensor.shape, generator=generator).to(stored[i % 3])
+        for i, (name, tensor) in enumerate(net.state_dict().items())
+    }
+    kept = {name: stored[i % 2] for i, name in enumerate(sorted(state))}
+    if suffix == ".pth":
+        torch.save(state, tmp_path / "model.pth")
+    source = TensorSource((tmp_path / "model.pth",)) if suffix == ".pth" else write(tmp_path, state, shards=3)
+    weights.load(net, source, str, device=CPU, dtype_of=kept.__getitem__, label="odd", staging=staging)
+    assert_equal(net, {name: tensor.to(kept[name]) for name, tensor in state.items()})
+
+
+def test_a_strided_tensor_of_a_pth_file_loads_exactly(tmp_path):
+    state, net = make_state(), make_net()
+    torch.save(state | {"layers.0.weight": state["layers.0.weight"].T.contiguous().T}, tmp_path / "model.pth")
+    load(net, TensorSource((tmp_path / "model.pth",)))
+    assert_equal(net, state)
+    assert net.layers[0].weight.is_contiguous()
+
+
+class Packed(nn.Module):
+    """q, k and v in one matrix product, beside a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(10, 21)
+        self.norm = nn.LayerNorm(4)
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    return tuple(name.replace("qkv", part) for part in "qkv") if name.startswith("qkv") else (name,)
+
+
+def packed_net() -> Packed:
+    with torch.device("meta"):
+        return Packed()
+
+
+def packed_state() -> dict[str, Tensor]:
+    shapes = {f"{part}.weight": (7, 10) for part in "qkv"} | {f"{part}.bias": (7,) for part in "qkv"}
+    shapes |= {"norm.weight": (4,), "norm.bias": (4,)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("staging", [SMALL, Staging()])
+def test_the_parts_of_a_packed_parameter_become_its_rows(tmp_path, shards, staging):
+    state, net = packed_state(), packed_net()
+    asked: list[str] = []
+
+    def dtype_of(name: str) -> torch.dtype:
+        asked.append(name)
+        return torch.bfloat16 if name == "qkv.weight" else torch.float32
+
+    source = write(tmp_path, state, shards=shards)
+    options = {"parts_of": parts_of, "staging": staging}
+    weights.load(net, source, str, device=CPU, dtype_of=dtype_of, label="net", **options)
+    rows = {
+        f"qkv.{leaf}": torch.cat([state[f"{part}.{leaf}"] for part in "qkv"]) for leaf in ("weight", "bias")
+    }
+    rows["qkv.weight"] = rows["qkv.weight"].bfloat16()
+    assert_equal(net, rows | {name: state[name] for name in ("norm.weight", "norm.bias")})
+    assert sorted(asked) == sorted(net.state_dict())  # by its own names, once each
+
+
+def test_pack_makes_what_load_makes(tmp_path):
+    state, net = packed_state(), packed_net()
+    load(net, write(tmp_path, state), parts_of=parts_of)
+    assert_equal(net, weights.pack(state, net.state_dict(), parts_of))
+    with pytest.raises(KeyError, match=r"norm\.bias"):
+        weights.pack({}, ["norm.bias"], parts_of)
+
+
+def test_errors_about_packed_parameters_speak_of_their_parts(tmp_path):
+    state = {f"their.{name}": tensor for name, tensor in packed_state().items()}
+    del state["their.k.weight"]
+    state |= {"their.v.bias": torch.ones(21), "their.qkv.weight": torch.ones(21, 10)}
+    state["alias.q.bias"] = torch.ones(7)
+    source = write(tmp_path, state)
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        load(
+            packed_net(),
+            source,
+            lambda key: key.partition(".")[2],
+            spell=lambda name: f"their.{name}",
+            parts_of=parts_of,
+        )
+    said = str(caught.value)
+    assert f"missing: their.k.weight in {source.files[0]};" in said
+    assert f"unexpected: their.qkv.weight in {source.files[0]};" in said
+    assert f"misshaped: their.v.bias in {source.files[0]} is [21], the model has [7];" in said
+    assert f"duplicated: their.q.bias in {source.files[0]} means the same as alias.q.bias;" in said
+
+
+class Halves(nn.Module, Receiver):
+    """A linear layer that keeps something else than the weight it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(21, 10))
+        self.bias = nn.Parameter(torch.empty(21))
+        self.register_buffer("kept", torch.empty(21, 10, dtype=torch.float16), persistent=False)
+        self.received: dict[str, Tensor] = {}
+
+    def receive(self, leaf: str, tensor: Tensor) -> None:
+        assert leaf not in self.received
+        self.received[leaf] = tensor
+        if leaf == "weight":
+            self.kept = tensor.half()
+
+
+def halves() -> Packed:
+    with torch.device("meta"):
+        net = Packed()
+        net.qkv = Halves()
+    return net
+
+
+def test_a_receiver_is_given_whole_tensors_and_its_parameters_stay_unset(tmp_path):
+    state, net = packed_state(), halves()
+    load(net, write(tmp_path, state), parts_of=parts_of, dtype=torch.bfloat16, staging=SMALL)
+    expected = weights.pack(state, ("qkv.weight", "qkv.bias"), parts_of)
+    assert net.qkv.received.keys() == {"weight", "bias"}
+    for leaf, tensor in net.qkv.received.items():
+        torch.testing.assert_close(tensor, expected[f"qkv.{leaf}"].bfloat16(), atol=0, rtol=0)
+    assert net.qkv.weight.is_meta
+    assert not net.norm.weight.is_meta
+
+
+def test_a_receiver_is_given_random_weights_too():
+    net = halves()
+    weights.randomise(net, device=CPU, dtype_of=lambda _: torch.bfloat16, seed=0)
+    assert net.qkv.received["weight"].dtype == torch.bfloat16
+    assert net.qkv.kept.ne(0).any()
+
+
+def test_a_buffer_that_a_receiver_left_unfilled_is_named(tmp_path):
+    class Idle(Halves):
+        def receive(self, leaf: str, tensor: Tensor) -> None:
+            pass
+
+    net = halves()
+    with torch.device("meta"):
+        net.qkv = Idle()
+    with pytest.raises(AssertionError, match=r"qkv\.kept"):
+        load(net, write(tmp_path, packed_state()), parts_of=parts_of)
+
+
+@pytest.mark.parametrize("staging", [SMALL, Staging()])
+def test_a_file_that_shrinks_while_it_is_read_is_named_and_no_thread_stays(tmp_path, monkeypatch, staging):
+    source = write(tmp_path, make_state(), shards=2)
+    whole, entries_of = source.files[1].read_bytes(), weights.entries_of
+
+    def then_cut(source: TensorSource):
+        entries = entries_of(source)
+        source.files[1].write_bytes(whole[:-30])
+        return entries
+
+    monkeypatch.setattr(weights, "entries_of", then_cut)
+    before = threading.active_count()
+    with pytest.raises(ValueError, match=r"00002-of-00002\.safetensors is not a whole .*ends at byte \d+"):
+        load(make_net(), source, staging=staging)
+    assert threading.active_count() == before
+
+
+def test_the_log_says_how_much_was_loaded_and_how_fast(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "chitu_core.weights"):
+        load(make_net(), write(tmp_path, make_state()))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("net: 3.2e-07 GB in ")  # 80 numbers
+    assert record.getMessage().endswith(" GB/s)")
