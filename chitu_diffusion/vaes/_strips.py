@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chitu_diffusion.vaes.wan import Stream, convolve
+from chitu_core.ops.conv import convolve
+from chitu_diffusion.vaes.wan import RMSNorm, Stream, write
 
 
 class Line(Protocol):
@@ -117,20 +118,23 @@ class StripStream(Stream):
         self._strips = strips
         self._padding = (0, 1) if strips.axis == 1 else (1, 0)  # across the cut, lines stand for the padding
 
-    def conv3d(self, conv: nn.Conv3d, x: Tensor) -> Tensor:
+    def conv3d(
+        self, conv: nn.Conv3d, x: Tensor, norm: RMSNorm | None = None, add: Tensor | None = None
+    ) -> Tensor:
         """Convolve the strip [T, H, W, C] causally, with the lines beside it."""
         if conv.kernel_size[1] == 1:
-            return super().conv3d(conv, x)
-        before, after = self._lines_beside(x, (-1, 1))
-        axis, overlap = self._strips.axis, conv.kernel_size[0] - conv.stride[0]
-        shape = list(x.shape)
-        shape[0] += overlap
-        shape[axis] += 2
-        clip, past = x.new_empty(shape), self._past.pop(conv, None)
-        clip[:overlap] = 0 if past is None else past
-        torch.cat((before, x, after), dim=axis, out=clip[overlap:])
+            return super().conv3d(conv, x, norm, add)
+        axis, is_shifted = self._strips.axis, self.is_shifted(conv, x, norm)
+        clip, new = self.open(conv, x, 2 * (axis == 1 or is_shifted), 2 * (axis == 2 or is_shifted))
+        along = new.narrow(3 - axis, 1, x.shape[3 - axis]) if is_shifted else new
+        before, inside, after = along.split((1, x.shape[axis], 1), dim=axis)
+        write(x, norm, new if is_shifted else inside)
+        for line, values in zip((before, after), self._lines_beside(inside, (-1, 1)), strict=True):
+            line.copy_(values)
         self.remember(conv, clip)
-        return convolve(conv, clip, (0, *self._padding))
+        if is_shifted:
+            return self.convolve_shifted(conv, clip, add)
+        return convolve(conv, clip, (0, *self._padding), add)
 
     def conv2d(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """Convolve each frame of the strip [T, H, W, C] with the lines beside it, for stride 2 the next."""
@@ -145,6 +149,12 @@ class StripStream(Stream):
             x, padding = torch.cat((before, x, after), dim=axis), self._padding
         y = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride, padding)
         return y.permute(0, 2, 3, 1)
+
+    def double_conv2d(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """Repeat each row and column of the strip [T, H, W, C], then convolve with the lines beside it."""
+        frames, height, width, dim = x.shape
+        doubled = x[:, :, None, :, None].expand(frames, height, 2, width, 2, dim)
+        return self.conv2d(conv, doubled.reshape(frames, 2 * height, 2 * width, dim))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from the positions of the strip [T, h, w, C] to those of all strips, frame by frame."""

@@ -3,10 +3,11 @@
 A clip streams through in chunks of frames. What a later chunk needs of an earlier one is kept in a `Stream`
 that is passed down, so any chunking computes the whole clip. Activations are [T, H, W, C] all through: norms
 and 1x1 convolutions run over the last axis, 2-D ones take frames as a batch, nothing is transposed in memory.
+A norm with its SiLU writes straight into the input of the convolution after it (`chitu_core/ops/conv.py`).
 Left out: the Wan2.2 TI2V autoencoder, the posterior's variance, training.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from chitu_core.ops import conv as ops
 
 if TYPE_CHECKING:
     from chitu_diffusion.vaes._strips import Strips  # which builds on this module
@@ -84,20 +87,50 @@ class Stream:
     def __init__(self) -> None:
         self.is_at_start = True
         self._past: dict[nn.Conv3d, Tensor] = {}
+        self._weights: dict[nn.Module, Tensor] = {}
 
     def remember(self, conv: nn.Conv3d, frames: Tensor) -> None:
         """Keep the last frames [T, H, W, C] that the next chunk's windows of `conv` reach back to."""
         overlap = conv.kernel_size[0] - conv.stride[0]
         self._past[conv] = frames[len(frames) - overlap :].clone()  # a view would keep the whole chunk alive
 
-    def conv3d(self, conv: nn.Conv3d, x: Tensor) -> Tensor:
-        """Convolve [T, H, W, C] causally: frames seen before, or zeros, in front, and zeros around each."""
+    def conv3d(
+        self, conv: nn.Conv3d, x: Tensor, norm: "RMSNorm | None" = None, add: Tensor | None = None
+    ) -> Tensor:
+        """Convolve [T, H, W, C] causally: frames seen before, or zeros, in front, and zeros around each.
+
+        What is convolved is SiLU(norm(x)) where there is a `norm`; `add` [T, H, W, O] is added to the result.
+        """
+        halo = int(self.is_shifted(conv, x, norm))
+        clip, new = self.open(conv, x, 2 * halo, 2 * halo)
+        write(x, norm, new)
+        self.remember(conv, clip)
+        if halo:
+            return self.convolve_shifted(conv, clip, add)
+        return ops.convolve(conv, clip, (0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2), add)
+
+    def open(self, conv: nn.Conv3d, x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """The input of a convolution of x, wider by `rows` and `columns`, and its part for the new frames.
+
+        The past is in front; the new frames are not yet written.
+        """
+        frames, height, width, dim = x.shape
+        overlap = conv.kernel_size[0] - conv.stride[0]
+        clip = x.new_empty(overlap + frames, height + rows, width + columns, dim)
         past = self._past.pop(conv, None)
-        if past is None:
-            past = x.new_zeros(conv.kernel_size[0] - conv.stride[0], *x.shape[1:])
-        x = torch.cat((past, x))
-        self.remember(conv, x)
-        return convolve(conv, x, padding=(0, conv.kernel_size[1] // 2, conv.kernel_size[2] // 2))
+        clip[:overlap] = 0 if past is None else past
+        return clip, clip[overlap:]
+
+    def is_shifted(self, conv: nn.Conv3d, x: Tensor, norm: "RMSNorm | None") -> bool:
+        """Whether `convolve_shifted` is the faster way; only a norm writes the zeros around that it needs."""
+        return (
+            norm is not None and conv.kernel_size == (3, 3, 3) and ops.prefers_shifted(x, conv.out_channels)
+        )
+
+    def convolve_shifted(self, conv: nn.Conv3d, clip: Tensor, add: Tensor | None) -> Tensor:
+        """Convolve a clip that holds its padding, and add."""
+        assert conv.bias is not None
+        return ops.shifted_conv3d(clip, self._prepared(conv, ops.flat_taps), conv.bias, add)
 
     def conv2d(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         """Convolve each frame of [T, H, W, C]; stride 2 pads one zero on the right and at the bottom."""
@@ -106,35 +139,42 @@ class Stream:
         y = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride, conv.padding)
         return y.permute(0, 2, 3, 1)
 
+    def double_conv2d(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """Repeat each row and column of [T, H, W, C], then convolve each frame."""
+        assert conv.bias is not None
+        return ops.conv2d_nearest2x(x, self._prepared(conv, ops.fold_nearest2x), conv.bias)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend with one head over all positions of each frame, [T, H, W, C] in and out."""
         shape = q.shape
         q, k, v = (t.flatten(1, 2)[:, None] for t in (q, k, v))  # [T, 1, H W, C]
         return F.scaled_dot_product_attention(q, k, v).view(shape)
 
-    def run(self, layers: nn.Sequential, x: Tensor) -> Tensor:
-        """Apply layers in order, convolutions by the methods above and any other position by position."""
+    def run(self, layers: nn.Sequential, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Apply norms and convolutions in order, and add `add` to the result of the last, a 3-D one."""
+        norm: RMSNorm | None = None
         for layer in layers:
-            if isinstance(layer, nn.Conv3d):
-                x = self.conv3d(layer, x)
+            if isinstance(layer, RMSNorm):
+                norm = layer  # with the SiLU after it a part of the next convolution
+            elif isinstance(layer, nn.Conv3d):
+                x = self.conv3d(layer, x, norm, add if layer is layers[-1] else None)
             elif isinstance(layer, nn.Conv2d):
                 x = self.conv2d(layer, x)
-            else:
-                x = layer(x)
         return x
 
+    def _prepared(self, conv: nn.Conv2d | nn.Conv3d, form: Callable[[Tensor], Tensor]) -> Tensor:
+        """A convolution's weight in the form that an operation takes, made once a pass."""
+        if conv not in self._weights:
+            self._weights[conv] = form(conv.weight)
+        return self._weights[conv]
 
-def convolve(conv: nn.Conv3d, x: Tensor, padding: tuple[int, int, int]) -> Tensor:
-    """Apply a convolution to [T, H, W, C] with so many zeros on either side of T, H and W."""
-    # NOTE: the batch axis comes before the permutation, else the strides are not seen as channels-last.
-    clip = x[None].permute(0, 4, 1, 2, 3)  # [1, C, T, H, W]
-    has_onednn: bool = torch.backends.mkldnn.is_available()
-    if has_onednn and x.is_cpu and x.dtype == torch.float32:
-        # For a batch of one small fp32 clip F.conv3d would choose a kernel up to 30 times slower.
-        y = torch.mkldnn_convolution(clip, conv.weight, conv.bias, padding, conv.stride, conv.dilation, 1)
+
+def write(x: Tensor, norm: "RMSNorm | None", out: Tensor) -> None:
+    """Write [T, H, W, C], or SiLU(norm(x)), into a tensor that may be wider by zeros around each frame."""
+    if norm is None:
+        out.copy_(x)
     else:
-        y = F.conv3d(clip, conv.weight, conv.bias, conv.stride, padding)
-    return y.permute(0, 2, 3, 4, 1)[0]
+        ops.rms_norm_silu(x, norm.gamma.flatten(), norm.eps, out)
 
 
 def pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
@@ -148,12 +188,10 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, ndim: int = 4) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * (ndim - 1)))
+        self.eps = 1e-24 / dim  # ||x||^2 + 1e-24 stands for the max
 
     def forward(self, x: Tensor) -> Tensor:
-        dim = x.shape[-1]
-        return F.rms_norm(
-            x, (dim,), self.gamma.flatten(), eps=1e-24 / dim
-        )  # ||x||^2 + 1e-24 stands for the max
+        return F.rms_norm(x, x.shape[-1:], self.gamma.flatten(), self.eps)
 
 
 class ResidualBlock(nn.Module):
@@ -162,14 +200,13 @@ class ResidualBlock(nn.Module):
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
         self.residual = nn.Sequential(
-            *(RMSNorm(dim_in), nn.SiLU(inplace=True), nn.Conv3d(dim_in, dim_out, 3)),
-            *(RMSNorm(dim_out), nn.SiLU(inplace=True), nn.Identity(), nn.Conv3d(dim_out, dim_out, 3)),
+            *(RMSNorm(dim_in), nn.SiLU(), nn.Conv3d(dim_in, dim_out, 3)),
+            *(RMSNorm(dim_out), nn.SiLU(), nn.Identity(), nn.Conv3d(dim_out, dim_out, 3)),
         )  # the identity keeps the checkpoint's numbers, it was a dropout
         self.shortcut = nn.Conv3d(dim_in, dim_out, 1) if dim_in != dim_out else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        y = stream.run(self.residual, x)
-        return y.add_(x if self.shortcut is None else pointwise(self.shortcut, x))
+        return stream.run(self.residual, x, add=x if self.shortcut is None else pointwise(self.shortcut, x))
 
 
 class AttentionBlock(nn.Module):
@@ -208,27 +245,22 @@ class Downsample(nn.Module):
         return torch.cat((first, stream.conv3d(conv, rest))) if len(rest) else first
 
 
-class Nearest2x(nn.Module):
-    """Repeat each row and column of [T, H, W, C]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        frames, height, width, dim = x.shape
-        doubled = x[:, :, None, :, None].expand(frames, height, 2, width, 2, dim)
-        return doubled.reshape(frames, 2 * height, 2 * width, dim)
-
-
 class Upsample(nn.Module):
     """Double, if temporal, the frames after the first of the clip; then rows and columns. Halve channels."""
 
     def __init__(self, dim: int, is_temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(Nearest2x(), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.resample = nn.Sequential(
+            nn.Identity(), nn.Conv2d(dim, dim // 2, 3, padding=1)
+        )  # 0 doubles rows and columns in the checkpoint
         self.time_conv = nn.Conv3d(dim, 2 * dim, (3, 1, 1)) if is_temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None:
             x = self._double_frames(self.time_conv, x, stream)
-        return stream.run(self.resample, x)
+        conv = self.resample[1]
+        assert isinstance(conv, nn.Conv2d)
+        return stream.double_conv2d(conv, x)
 
     def _double_frames(self, conv: nn.Conv3d, x: Tensor, stream: Stream) -> Tensor:
         # NOTE: the first frame stays single and is not in the history of the others, which begins with zeros.
@@ -247,7 +279,7 @@ def middle(dim: int) -> nn.ModuleList:
 
 def head(dim_in: int, dim_out: int) -> nn.Sequential:
     """Norm, SiLU, convolution."""
-    return nn.Sequential(RMSNorm(dim_in), nn.SiLU(inplace=True), nn.Conv3d(dim_in, dim_out, 3))
+    return nn.Sequential(RMSNorm(dim_in), nn.SiLU(), nn.Conv3d(dim_in, dim_out, 3))
 
 
 class Encoder(nn.Module):
@@ -313,17 +345,28 @@ class WanVAE(nn.Module):
         self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format that convolutions compute in."""
+        return self.conv2.weight.dtype
+
     @torch.no_grad()
-    def encode(self, video: Tensor, strips: "Strips | None" = None) -> Tensor:
+    def encode(
+        self, video: Tensor, strips: "Strips | None" = None, latent_frames_per_chunk: int = 1
+    ) -> Tensor:
         """Encode a video [3, F, H, W] in [-1, 1] to the normalised posterior mean [z, T, H / 8, W / 8], fp32.
 
-        With `strips` the ranks share the work, and each returns the whole. Raises ValueError unless
-        F = 4 (T - 1) + 1 and H and W are multiples of 8.
+        The first frame is a chunk by itself. With `strips` the ranks share the work, and each returns the
+        whole. Raises ValueError unless F = 4 (T - 1) + 1 and H and W are multiples of 8, and for chunks < 1.
         """
         self._check_video(video)
+        _check_chunk(latent_frames_per_chunk)
         period, scale, _ = self.config.stride
         stream, latents = Stream() if strips is None else strips.stream(), []
-        for frames in torch.split(video, [1] + [period] * ((video.shape[1] - 1) // period), dim=1):
+        first, rest = video[:, :1], video[:, 1:]
+        for frames in (first, *rest.split(period * latent_frames_per_chunk, dim=1)):
+            if not frames.shape[1]:  # what follows the first frame of a picture
+                continue
             x = frames.permute(1, 2, 3, 0)
             latents.append(self._encode_chunk(x if strips is None else strips.cut(x, scale), stream))
             stream.is_at_start = False
@@ -331,12 +374,13 @@ class WanVAE(nn.Module):
         latent = (torch.cat(latents) - mean) / std
         return (latent if strips is None else strips.spread(latent)).permute(3, 0, 1, 2)
 
-    def _encode_chunk(self, x: Tensor, stream: Stream) -> Tensor:  # [F, H, W, 3] -> [1, H / 8, W / 8, z]
-        _, *steps = self.config.stride
+    def _encode_chunk(self, x: Tensor, stream: Stream) -> Tensor:  # [F, H, W, 3] -> [T, H / 8, W / 8, z]
+        period, *steps = self.config.stride
         if not x.numel():  # the strip of an idle rank
             height, width = (side // step for side, step in zip(x.shape[1:3], steps, strict=True))
-            return x.new_empty((1, height, width, self.config.z_dim), dtype=torch.float32)
-        x = x.to(self.conv1.weight.dtype).contiguous()
+            frame_num = 1 if stream.is_at_start else len(x) // period
+            return x.new_empty((frame_num, height, width, self.config.z_dim), dtype=torch.float32)
+        x = x.to(self.dtype).contiguous()
         moments = pointwise(self.conv1, self.encoder(x, stream))
         return moments[..., : self.config.z_dim].float()  # the rest is the log variance
 
@@ -366,8 +410,7 @@ class WanVAE(nn.Module):
         """
         if latent.ndim != 4 or latent.shape[0] != self.config.z_dim or not latent.numel():
             raise ValueError(f"latent must be [{self.config.z_dim}, T, h, w], got {list(latent.shape)}")
-        if latent_frames_per_chunk < 1:
-            raise ValueError(f"latent_frames_per_chunk must be >= 1, got {latent_frames_per_chunk}")
+        _check_chunk(latent_frames_per_chunk)
         return self._decode_chunks(latent, latent_frames_per_chunk, strips)
 
     @torch.no_grad()
@@ -388,10 +431,15 @@ class WanVAE(nn.Module):
             frame_num = period * len(z) - (period - 1) * stream.is_at_start
             height, width = (side * step for side, step in zip(z.shape[1:3], steps, strict=True))
             return z.new_empty(frame_num, height, width, 3)
-        x = pointwise(self.conv2, z.to(self.conv2.weight.dtype))
+        x = pointwise(self.conv2, z.to(self.dtype))
         return self.decoder(x, stream).float().clamp_(-1, 1)
 
     def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
         # Made here and not at construction, which may happen on the meta device.
         mean = torch.tensor(self.config.latents_mean, dtype=torch.float32, device=device)
         return mean, torch.tensor(self.config.latents_std, dtype=torch.float32, device=device)
+
+
+def _check_chunk(latent_frames_per_chunk: int) -> None:
+    if latent_frames_per_chunk < 1:
+        raise ValueError(f"latent_frames_per_chunk must be >= 1, got {latent_frames_per_chunk}")

@@ -1,6 +1,7 @@
 """The VAE on strips of the image, several ranks under gloo, against one rank."""
 
 from collections.abc import Sequence
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from chitu_core.distributed.collectives import Line
+from chitu_core.ops import conv as ops
 from chitu_diffusion.vaes._strips import Strips
 from chitu_diffusion.vaes.wan import WanVAE, wan21
 
@@ -69,6 +71,11 @@ def decode_strips(rows: int, columns: int, latent_frames_per_chunk: int) -> list
     return list(tiny_vae().decode(random_latent(rows, columns), latent_frames_per_chunk, strips))
 
 
+def decode_strips_shifted(rows: int, columns: int) -> list[Tensor]:
+    with patch.object(ops, "prefers_shifted", lambda x, dim_out: True):
+        return decode_strips(rows, columns, 2)
+
+
 def decode_counted(rows: int, columns: int, frames: int) -> tuple[int, int]:
     line = WorldLine()
     strips = Strips(line, rows, columns)
@@ -115,6 +122,13 @@ def test_strips_together_are_the_video_of_one_rank(run_ranks, world, sides, late
     axis = 2 if sides[0] >= sides[1] else 3  # of [3, n, H, W]
     for chunk, *strips in zip(expected, *parts, strict=True):
         assert relative_error(torch.cat(strips, dim=axis), chunk) <= FP32
+
+
+@pytest.mark.parametrize("sides", [(5, 3), (3, 5)])
+def test_strips_by_products_of_shifted_rows_are_the_video_of_one_rank(run_ranks, sides):
+    parts = run_ranks(2, decode_strips_shifted, *sides)
+    for chunk, *strips in zip(tiny_vae().decode(random_latent(*sides), 2), *parts, strict=True):
+        assert relative_error(torch.cat(strips, dim=2 if sides[0] >= sides[1] else 3), chunk) <= FP32
 
 
 def test_an_idle_rank_yields_chunks_without_lines(run_ranks):

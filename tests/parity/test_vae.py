@@ -8,6 +8,7 @@ from diffusers import AutoencoderKLWan
 from oracles import randomise, relative_error
 from torch import Tensor
 
+from chitu_core.ops import conv as ops
 from chitu_diffusion.vaes.wan import (
     WAN21_LATENTS_MEAN,
     WAN21_LATENTS_STD,
@@ -21,7 +22,7 @@ from chitu_diffusion.vaes.wan import (
 
 KEYS = Path(__file__).parents[1] / "data" / "keys" / "vae_wan2.1.tsv"
 FP32 = 1e-5  # relative L2: only the order of sums differs
-BF16 = 3e-2  # relative L2 of a bf16 decode; the official VAE shows 1.3e-2 to 1.5e-2
+BF16 = 2e-2  # relative L2 of a bf16 decode; the official VAE shows 1.3e-2 to 1.5e-2
 
 
 def config(base_dim: int = 16) -> WanVAEConfig:
@@ -125,6 +126,28 @@ def test_the_convolution_of_other_devices_decodes_the_same_video(vae, monkeypatc
     expected = decode(vae, latent)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert relative_error(decode(vae, latent), expected) <= FP32
+
+
+@pytest.mark.parametrize("latent_frames_per_chunk", [1, 3])
+def test_products_of_shifted_rows_decode_and_encode_the_same_video(vae, monkeypatch, latent_frames_per_chunk):
+    latent, video = random(16, 4, 3, 5), random_video(13)
+    expected = decode(vae, latent), vae.encode(video)
+    monkeypatch.setattr(ops, "prefers_shifted", lambda x, dim_out: True)
+    assert relative_error(decode(vae, latent, latent_frames_per_chunk), expected[0]) <= FP32
+    chunked = vae.encode(video, latent_frames_per_chunk=latent_frames_per_chunk)
+    assert relative_error(chunked, expected[1]) <= FP32
+
+
+@pytest.mark.parametrize("latent_frames_per_chunk", [2, 3, 9])
+def test_any_chunking_encodes_the_same_latent(vae, latent_frames_per_chunk):
+    video = random_video(13)
+    chunked = vae.encode(video, latent_frames_per_chunk=latent_frames_per_chunk)
+    assert relative_error(chunked, vae.encode(video)) <= FP32
+
+
+def test_encode_refuses_empty_chunks(vae):
+    with pytest.raises(ValueError, match="latent_frames_per_chunk must be >= 1, got 0"):
+        vae.encode(random_video(5), latent_frames_per_chunk=0)
 
 
 def test_encoding_in_chunks_equals_encoding_at_once(vae):
