@@ -29,6 +29,7 @@ from chitu_diffusion.run_folder import RunFolder
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.stage_log import StageLog
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskStatus, TaskPool
+from chitu_diffusion.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +76,22 @@ class Engine:
             undo.pop_all()
         self.log = StageLog(environment, config.output.enable_timer_dump, is_quiet=not self.mesh.is_leader)
         self.ledger = Ledger(pool, self.mesh, config, self.log)
-        self.generator: Generator | None = Generator(pipeline, config, self.mesh, self.folder, self.device)
+        generator = Generator(pipeline, config, self.mesh, self.folder, self.device)
+        self._warm_up(generator)
+        self.generator: Generator | None = generator
         self._is_amid_step = False
         self.state = BackendState.Initialized
         self.ledger.adopt()
+
+    @torch.inference_mode()
+    def _warm_up(self, generator: Generator) -> None:
+        """Run what `infer.warmup` lists; an engine that fails at it must not be used."""
+        with ExitStack() as undo:
+            undo.callback(self.folder.end_log)
+            undo.callback(self.mesh.abandon, "failed to warm up")
+            with self.mesh.guard("warm-up"):
+                warm_up(generator.pipeline, self.config.infer.warmup_sizes, generator.pixels, self.device)
+            undo.pop_all()
 
     @property
     def pipeline(self) -> Pipeline:

@@ -158,7 +158,7 @@ class Generator:
     def _decode(self, latents: Tensor, writer: VideoWriter | None) -> Exception | None:
         """Decode with all ranks of the replica; its leader writes. What the disk refused comes back."""
         failure: Exception | None = None
-        for pixels in self._pixels(latents):
+        for pixels in self.pixels(latents):
             if pixels is None or writer is None or failure is not None:
                 continue
             try:
@@ -173,14 +173,14 @@ class Generator:
             raise error
         return error
 
-    def _pixels(self, latents: Tensor) -> Iterator[Tensor | None]:
+    def pixels(self, latents: Tensor) -> Iterator[Tensor | None]:
         """Pictures [n, H, W, 3] uint8, chunk by chunk, on the leader; None on the replica's other ranks."""
         if self._line is None:
-            yield from map(to_pixels, self.pipeline.vae.decode(latents))
+            yield from map(to_pixels, self.pipeline.vae.decode(latents, self.pipeline.vae_chunk))
             return
         strips = Strips(self._line, *latents.shape[-2:])
         scale = self.pipeline.spec.vae_stride[1]
-        for frames in self.pipeline.vae.decode(latents, strips=strips):
+        for frames in self.pipeline.vae.decode(latents, self.pipeline.vae_chunk, strips):
             yield strips.collect(to_pixels(frames), scale)
 
     def _encode(
@@ -239,8 +239,8 @@ class Generator:
         assert buffer.expert is not None
         dit, t = self.pipeline.experts[buffer.expert], buffer.timesteps[buffer.current_step]
         shard = self.pipeline.tokens or NO_SHARD
-        velocity: Tensor = dit(buffer.latents[None], t, buffer.text_caches[branch], shard=shard)
-        return velocity[0]
+        text = buffer.text_caches[branch]
+        return self.pipeline.forward(dit, buffer.latents[None], t, text, shard=shard)[0]
 
     def _check_outputs(self, params: ResolvedParams) -> None:
         """See that the video can be written before it is made."""

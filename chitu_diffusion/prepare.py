@@ -13,12 +13,16 @@ from chitu_core.attention import Place
 from chitu_core.config import Config, ModelConfig
 from chitu_core.distributed import ParallelMesh
 from chitu_core.distributed.collectives import TokenShard
+from chitu_core.ops.rows import HAS_TRITON
 from chitu_diffusion.attention_plan import AttentionPlan
 from chitu_diffusion.checkpoint.layout import Component, locate
 from chitu_diffusion.checkpoint.sizes import dit_config, umt5_config, vae_config
+from chitu_diffusion.compilation import choose_block_call
+from chitu_diffusion.cuda_graph import Forward, choose_forward
 from chitu_diffusion.encoders.tokenizer import PromptTokenizer, TokenizedPrompt
 from chitu_diffusion.encoders.umt5 import UMT5Config, UMT5Encoder
 from chitu_diffusion.models.wan import WanConfig, WanDiT
+from chitu_diffusion.quantisation import check_quantisation, quantise_layers
 from chitu_diffusion.spec import ModelSpec, experts_of
 from chitu_diffusion.vaes.wan import WanVAE, WanVAEConfig, wan21
 
@@ -27,9 +31,8 @@ logger = logging.getLogger(__name__)
 DEMO_TOKENIZER = Path(__file__).parent / "demo" / "tokenizer"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-Fill = Callable[
-    [nn.Module, str, Callable[[str], torch.dtype]], None
-]  # a meta module, its part's name, its dtypes
+# a meta module, its part's name, the dtype of each parameter, the checkpoint's tensors that make it
+Fill = Callable[[nn.Module, str, weights.DtypeOf, weights.PartsOf], None]
 
 
 class PromptEncoder:
@@ -57,10 +60,19 @@ class Pipeline:
     spec: ModelSpec
     prompt_encoder: PromptEncoder
     experts: dict[str, WanDiT]
+    vae_chunk: int  # latent frames that it decodes at once
     vae: WanVAE
+    forward: Forward  # how a transformer is called: by itself, or from a recorded graph
     attention: AttentionPlan
+    quant: str | None
     dtype: torch.dtype  # of matrix products
     tokens: TokenShard | None  # how this rank's part of a sequence is cut; None where it has all
+
+    def approximations(self, total: int) -> tuple[str, ...]:
+        """What a run of `total` steps approximates, in words for its record."""
+        quantised = () if self.quant is None else (f"linear layers: {self.quant}",)
+        vae = () if self.vae.dtype == torch.float32 else (f"VAE in {_name(self.vae.dtype)}",)
+        return (*self.attention.approximations(total), *quantised, *vae)
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,22 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
+def pick_vae_chunk(chunk: int | str, device: torch.device, dtype: torch.dtype) -> int:
+    """Latent frames that the VAE decodes at once; `auto` is 2 in bfloat16 on a GPU, else 1.
+
+    Each frame more costs memory. The second gains where the image is smallest, which one frame does not fill.
+    """
+    if isinstance(chunk, int):
+        return chunk
+    return 2 if device.type == "cuda" and dtype == torch.bfloat16 else 1
+
+
+def _vae_dtype(name: str) -> torch.dtype:
+    if name != "float32":
+        logger.info("infer.vae_dtype=%s: VAE in %s; the reference computes it in float32", name, name)
+    return _DTYPES[name]
+
+
 def survey(config: Config, device: torch.device, dtype: torch.dtype) -> Survey:
     """Find the checkpoint and read its headers; no tensor is read and nothing is allocated.
 
@@ -118,6 +146,8 @@ def survey(config: Config, device: torch.device, dtype: torch.dtype) -> Survey:
         _random(config, device) if config.debug.skip_model_load else _stored(config, device)
     )
     _check_fit(sizes)
+    if config.quant is not None:
+        check_quantisation(device, dtype, sizes.dit)
     return Survey(sizes, fill, tokenizer_dir, _place(device, dtype, sizes.dit))
 
 
@@ -132,16 +162,26 @@ def build_pipeline(
     tokenizer = PromptTokenizer(found.tokenizer_dir, _text_len(sizes), sizes.encoder.vocab_size)
     tokens = mesh.tokens()
     attention = attention.spread(mesh, tokens)
-    # NOTE T5 overflows in fp16, so bf16 stands in there; the VAE runs in fp32 as the reference does
+    # NOTE T5 overflows in fp16, so bf16 stands in there
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    vae_dtype = _vae_dtype(config.infer.vae_dtype)
     with torch.device("meta"):
         encoder, vae = UMT5Encoder(sizes.encoder), WanVAE(sizes.vae)
         experts = {name: WanDiT(size) for name, size in sizes.experts.items()}
-    fill(encoder, "text_encoder", lambda _: text_dtype)
-    fill(vae, "vae", lambda _: torch.float32)
+    fill(encoder, "text_encoder", lambda _: text_dtype, weights.whole)
+    fill(vae, "vae", lambda _: vae_dtype, weights.whole)
+    if device.type == "cuda" and not HAS_TRITON:
+        remedy = "pip install triton, which comes with torch on Linux"
+        logger.warning(
+            "triton is missing: what lies between matrix products is not fused, and slower; %s", remedy
+        )
+    call_block = choose_block_call(config.infer.compile, mesh)
     for name, expert in experts.items():
-        fill(expert, name, lambda parameter: WanDiT.weight_dtype(parameter, dtype))
+        if config.quant is not None:
+            quantise_layers(expert, config.fp8_fast_accumulation)
+        fill(expert, name, lambda parameter: WanDiT.weight_dtype(parameter, dtype), WanDiT.parts_of)
         attention.install(expert)
+        expert.call_block = call_block
     for module in (encoder, vae, *experts.values()):
         module.eval().requires_grad_(False)
     spec = ModelSpec(
@@ -152,7 +192,18 @@ def build_pipeline(
         _text_len(sizes),
     )
     prompt_encoder = PromptEncoder(tokenizer, encoder, device)
-    return Pipeline(spec, prompt_encoder, experts, vae, attention, dtype, tokens)
+    return Pipeline(
+        spec=spec,
+        prompt_encoder=prompt_encoder,
+        experts=experts,
+        vae_chunk=pick_vae_chunk(config.infer.vae_chunk, device, vae_dtype),
+        vae=vae,
+        forward=choose_forward(config.infer, mesh, device),
+        attention=attention,
+        quant=config.quant,
+        dtype=dtype,
+        tokens=tokens,
+    )
 
 
 def _stored(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:
@@ -176,10 +227,17 @@ def _stored(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:
                 "%s of the checkpoint differs from models=%s in %s", name, model.name, ", ".join(differing)
             )
 
-    def fill(module: nn.Module, name: str, dtype_of: Callable[[str], torch.dtype]) -> None:
+    def fill(module: nn.Module, name: str, dtype_of: weights.DtypeOf, parts_of: weights.PartsOf) -> None:
         part = parts[name]
         weights.load(
-            module, part.source, part.rename, device=device, dtype_of=dtype_of, label=name, spell=part.spell
+            module,
+            part.source,
+            part.rename,
+            device=device,
+            dtype_of=dtype_of,
+            label=name,
+            spell=part.spell,
+            parts_of=parts_of,
         )
 
     return sizes, fill, checkpoint.tokenizer_dir
@@ -190,7 +248,7 @@ def _random(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:
     logger.warning("debug.skip_model_load=true: weights are random, the video will be noise")
     seed = config.infer.seed
 
-    def fill(module: nn.Module, name: str, dtype_of: Callable[[str], torch.dtype]) -> None:
+    def fill(module: nn.Module, name: str, dtype_of: weights.DtypeOf, _: weights.PartsOf) -> None:
         logger.info("%s: random weights", name)
         weights.randomise(module, device=device, dtype_of=dtype_of, seed=seed)
 
@@ -205,6 +263,10 @@ def _yaml_sizes(model: ModelConfig) -> Sizes:
     vae = wan21(model.vae.base_dim, model.vae.z_dim)
     dit = WanConfig(text_len=text.text_len, **asdict(size))
     return Sizes(encoder, vae, {expert.name: dit for expert in experts_of(model.sampler)})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _text_len(sizes: Sizes) -> int:

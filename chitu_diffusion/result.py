@@ -34,6 +34,7 @@ class TaskResult:
     dtype: str
     device: str
     flexcache: str | None
+    quant: str | None  # of the transformer's linear layers
     parallel: dict[str, int]  # ranks by axis: dp, cfg, ring, ulysses
     approximations: tuple[str, ...]  # empty: every computation was exact
     warnings: tuple[str, ...]

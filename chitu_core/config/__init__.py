@@ -7,6 +7,7 @@ meaning, not a value.
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+QUANTISATIONS = ("fp8",)
+VAE_DTYPES = ("float32", "bfloat16")
 SCHEDULE_POLICIES = ("fifo", "priority", "round_robin")
 HYDRA_DUMP_MODES = ("video_dir", "same_as_video", "relocate", "off", "disable", "none", "default")
 
@@ -31,6 +34,42 @@ def _require(holds: bool, key: str, value: object, remedy: str) -> None:
 def _only(key: str, value: object, allowed: object) -> None:
     """Refuse a documented key whose feature this version does not have; nothing is ignored in silence."""
     _require(value == allowed, key, value, f"not available in this version; leave {key}={allowed}")
+
+
+def _switch(key: str, value: str) -> str:
+    """off, auto or on; YAML reads a bare off and on as false and true."""
+    word = {"false": "off", "true": "on"}.get(value.lower(), value.lower())
+    _require(word in ("off", "auto", "on"), key, value, "choose off, auto or on")
+    return word
+
+
+@dataclass(frozen=True)
+class VideoSize:
+    """Pixels and frames of a video."""
+
+    width: int
+    height: int
+    num_frames: int
+
+    @classmethod
+    def parse(cls, text: str, key: str) -> "VideoSize":
+        """Read WIDTHxHEIGHTxFRAMES. Raises ValueError naming `key` for other text and for an illegal size."""
+        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
+        _require(found is not None, key, text, "write WIDTHxHEIGHTxFRAMES, such as 832x480x81")
+        assert found is not None
+        width, height, frames = map(int, found.groups())
+        legal = width > 0 and height > 0 and width % 16 == 0 and height % 16 == 0
+        _require(legal, key, text, "width and height must be positive multiples of 16")
+        _require(frames % 4 == 1, key, text, "frames must be 4n + 1")
+        return cls(width, height, frames)
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.num_frames}"
+
+
+def _number(value: int | str) -> int | str:
+    """A whole number that came as text, such as from a shell."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 @dataclass(frozen=True)
@@ -179,9 +218,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         for name in ("cfg_size", "cp_size"):
-            value = getattr(self, name)
-            if isinstance(value, str) and value.isdecimal():
-                object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, _number(getattr(self, name)))
         cfg, cp = self.cfg_size, self.cp_size
         _require(cfg in ("auto", 1, 2), "infer.diffusion.cfg_size", cfg, "must be auto, 1 or 2")
         holds = cp == "auto" or (isinstance(cp, int) and cp >= 1)
@@ -231,7 +268,22 @@ class InferConfig:
     dtype: str = _doc(
         "of matrix products: auto (float32 on CPU, bfloat16 on CUDA), bfloat16, float16, float32"
     )
+    compile: str = _doc(
+        "the transformer's blocks through torch.compile: off, auto (where it was measured to be faster: "
+        "nowhere yet) or on"
+    )
+    use_cuda_graph: str = _doc(
+        "the transformer from a recorded CUDA graph: off, auto (on one GPU, where launches take longer than "
+        "kernels) or on"
+    )
+    warmup: tuple[str, ...] = _doc(
+        "sizes, as WIDTHxHEIGHTxFRAMES, that every network runs once at during start-up"
+    )
     op_impl: str = _doc("torch: the first CUDA device where there is one; cpu: never a GPU")
+    vae_dtype: str = _doc("of the VAE: float32, as the reference computes, or bfloat16, which is faster")
+    vae_chunk: int | str = _doc(
+        "latent frames that the VAE takes at once: auto (2 in bfloat16 on CUDA, else 1) or a number"
+    )
     seed: int = _doc("of the random weights under debug.skip_model_load; a request has its own seed")
     max_reqs: int = _doc("tasks that may hold denoising state at once")
     schedule_policy: str = _doc("which task runs next: fifo, priority, round_robin (by role)")
@@ -239,13 +291,30 @@ class InferConfig:
     diffusion: DiffusionConfig = _doc("parallelism, memory and caching")
 
     def __post_init__(self) -> None:
+        for name in ("compile", "use_cuda_graph"):
+            object.__setattr__(self, name, _switch(f"infer.{name}", getattr(self, name)))
+        object.__setattr__(self, "warmup", tuple(self.warmup))
+        for text in self.warmup:
+            VideoSize.parse(text, "infer.warmup")
         _require(self.dtype in DTYPES, "infer.dtype", self.dtype, f"choose one of {', '.join(DTYPES)}")
         _require(self.op_impl in ("torch", "cpu"), "infer.op_impl", self.op_impl, "choose torch or cpu")
+        vae_dtypes = ", ".join(VAE_DTYPES)
+        known = self.vae_dtype in VAE_DTYPES
+        _require(known, "infer.vae_dtype", self.vae_dtype, f"choose one of {vae_dtypes}")
+        object.__setattr__(self, "vae_chunk", _number(self.vae_chunk))
+        chunk = self.vae_chunk
+        holds = chunk == "auto" or (isinstance(chunk, int) and chunk >= 1)
+        _require(holds, "infer.vae_chunk", chunk, "must be auto or a whole number, at least 1")
         _require(self.max_reqs >= 1, "infer.max_reqs", self.max_reqs, "must be at least 1")
         policies = ", ".join(SCHEDULE_POLICIES)
         known = self.schedule_policy in SCHEDULE_POLICIES
         _require(known, "infer.schedule_policy", self.schedule_policy, f"choose one of {policies}")
         _require(self.dp_size >= 1, "infer.dp_size", self.dp_size, "must be at least 1")
+
+    @property
+    def warmup_sizes(self) -> tuple[VideoSize, ...]:
+        """The sizes of `warmup`."""
+        return tuple(VideoSize.parse(text, "infer.warmup") for text in self.warmup)
 
 
 @dataclass(frozen=True)
@@ -294,10 +363,14 @@ class Config:
     output: OutputConfig = _doc("files")
     debug: DebugConfig = _doc("debugging")
     float_16bit_variant: str | None = _doc("older name of infer.dtype; null follows infer.dtype")
-    quant: str | None = _doc("quantisation of the transformer; none in this version")
+    quant: str | None = _doc(
+        "quantisation of the transformer's linear layers: null (none), or fp8 (float8_e4m3fn, a scale a row)"
+    )
+    fp8_fast_accumulation: bool = _doc("under quant=fp8, sum products without promotion to full fp32; faster")
 
     def __post_init__(self) -> None:
-        _only("quant", self.quant, None)
+        choices = ", ".join(["null", *QUANTISATIONS])
+        _require(self.quant in (None, *QUANTISATIONS), "quant", self.quant, f"choose one of {choices}")
         models = self.models
         has_weights = models.ckpt_dir or models.packaged_dir or self.debug.skip_model_load
         remedy = f"{models.name} needs a checkpoint; add models.ckpt_dir=DIRECTORY (source: {models.source})"

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from omegaconf import OmegaConf
 
 from chitu_core import attention, launch_settings
-from chitu_core.config import DTYPES, HYDRA_DUMP_MODES, Config, ModelConfig
+from chitu_core.config import DTYPES, HYDRA_DUMP_MODES, QUANTISATIONS, VAE_DTYPES, Config, ModelConfig
 from chitu_core.environment import LOGGING_LEVELS, Environment
 
 _FOLDER = Path(__file__).parent
@@ -27,9 +27,14 @@ LEGAL = {  # where the field's own text does not say it
     "models.sampler.boundary": "one value or none",
     "infer.attn_type": ", ".join(["auto", *_NAMES, *attention.ALIASES]),
     "infer.cross_attn_type": ", ".join(["auto", *(name for name in _NAMES if name not in attention.LOSSY)]),
+    "infer.compile": "off, auto, on",
+    "infer.use_cuda_graph": "off, auto, on",
+    "infer.vae_dtype": ", ".join(VAE_DTYPES),
+    "infer.vae_chunk": "auto, 1 or more",
     "infer.max_reqs": "1 or more",
     "infer.diffusion.up_limit": "1 or more",
     "output.hydra_dump_mode": ", ".join(HYDRA_DUMP_MODES),
+    "quant": ", ".join(["null", *QUANTISATIONS]),
     "float_16bit_variant": ", ".join(["null", *DTYPES]),
 }
 

@@ -1,39 +1,27 @@
-"""What a Wan transformer block is made of besides linear layers: norms, rotary positions, the time sinusoid.
+"""What a Wan transformer block is made of besides attention: norms, feed-forward, rotary tables, sinusoid.
 
-Everything here computes in float32; the caller casts to the dtype of the matrix products.
+The operations themselves are `chitu_core.ops`; tables and sinusoid are computed in float64, kept in float32.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from chitu_core.ops.rows import FP8, Rows, linear_gelu, quantise, rms_norm
 
 ROPE_THETA = 10000.0
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, for x [B, S, d] fp32 and one row [d] of modulation.
-
-    One row serves all tokens, so the modulation can be the affine part of the norm: one pass over x.
-    """
-    return F.layer_norm(x, x.shape[-1:], weight=1 + scale, bias=shift, eps=eps)
-
-
 class LayerNorm(nn.Module):
-    """Layer norm with weight and bias, in fp32."""
+    """Weight and bias of a layer norm, fp32; it is computed together with what comes before it."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, S, d] fp32 to the same."""
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the whole width, before it is split into heads, in fp32."""
+    """Weight of an RMS norm over the whole width, before it is split into heads, fp32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -41,8 +29,31 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, S, d] of any dtype to fp32 [B, S, d]."""
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps)
+        """x / rms(x) * weight for x [B, S, d], in its dtype; the statistics are fp32."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, linear, where GELU is part of the product before it or of the quantisation after it."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+
+    @property
+    def takes(self) -> torch.dtype:
+        """What the first layer takes: `FP8`, or the dtype of matrix products."""
+        weight = self[0].weight
+        assert isinstance(weight, Tensor)
+        return weight.dtype
+
+    def forward(self, x: Rows) -> Tensor:
+        """x [B, S, d] as the first layer takes it to [B, S, d] in the dtype of matrix products."""
+        up, gelu, down = self
+        if isinstance(x, Tensor):
+            assert isinstance(up, nn.Linear)
+            return down(linear_gelu(x, up.weight, up.bias))
+        hidden = up(x)
+        return down(quantise(hidden, gelu=True) if down.weight.dtype == FP8 else gelu(hidden))
 
 
 def time_sinusoid(t: Tensor, dim: int) -> Tensor:
@@ -74,10 +85,3 @@ def rope_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device)
         )
     cos, sin = torch.cat(parts, dim=-1).view(2, -1, 1, pairs)
     return cos, sin
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the adjacent pairs of x [B, S, H, D] fp32 by the angles of `rope` ([S, 1, D / 2] each)."""
-    cos, sin = rope
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)

@@ -1,13 +1,15 @@
 """The Wan 2.1 and 2.2 text-to-video transformer. Parameter names are those of the released checkpoints.
 
 Number formats follow the reference: matrix products in the weights' dtype; residual stream, norms,
-modulation, time embedding and head in float32, with the casts written where they happen. It knows no device,
-no rank and no cache: attention is a value (`self_attn.attention`), `shard=` and `around=` come with the call.
+modulation, time embedding and head in float32. A linear layer says by the dtype of its weight what it takes,
+and the operation before it gives that. It knows no device, no rank and no cache: attention is a value
+(`self_attn.attention`), and so is how a block is called; `shard=` and `around=` come with the call.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -16,14 +18,8 @@ from torch.nn import functional as F
 
 from chitu_core.attention._base import Attention
 from chitu_core.attention.torch_sdpa import Backend
-from chitu_diffusion.models._layers import (
-    LayerNorm,
-    RMSNorm,
-    modulated_norm,
-    rope_tables,
-    rotate,
-    time_sinusoid,
-)
+from chitu_core.ops.rows import Rows, gate_residual, gate_residual_norm, layer_norm, qk_norm_rope
+from chitu_diffusion.models._layers import FeedForward, LayerNorm, RMSNorm, rope_tables, time_sinusoid
 from chitu_diffusion.seam import Around, Run, bind, inline
 from chitu_diffusion.sequence import NO_SHARD, SequenceShard
 
@@ -89,18 +85,16 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.qkv, self.o = nn.Linear(config.dim, 3 * config.dim), nn.Linear(config.dim, config.dim)
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
         self.attention: Attention = Backend()
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], run: Run = inline) -> Tensor:
-        """x [B, S, d] in the weights' dtype to the same."""
-        heads = (self.num_heads, -1)
-        v = self.v(x).unflatten(-1, heads)  # [B, S, H, D]
-        q = rotate(self.norm_q(self.q(x)).unflatten(-1, heads), rope).to(v.dtype)
-        k = rotate(self.norm_k(self.k(x)).unflatten(-1, heads), rope).to(v.dtype)
+    def forward(self, x: Rows, rope: tuple[Tensor, Tensor], run: Run = inline) -> Tensor:
+        """x [B, S, d] as `qkv` takes it to [B, S, d] in the dtype of matrix products."""
+        qkv = self.qkv(x)  # [B, S, 3 d]
+        q, k = qk_norm_rope(qkv, self.norm_q.weight, self.norm_k.weight, rope, self.norm_q.eps)
+        v = qkv.chunk(3, dim=-1)[2].unflatten(-1, q.shape[-2:])  # [B, S, H, D]
         out = run("attention", lambda qkv: self.attention(*qkv), (q, k, v))
         return self.o(out.flatten(-2))
 
@@ -120,12 +114,11 @@ class CrossAttention(nn.Module):
         """Projected text [B, text_len, d] to keys and values [B, text_len, H, D]."""
         heads = (self.num_heads, -1)
         v = self.v(text).unflatten(-1, heads)
-        k = self.norm_k(self.k(text)).to(v.dtype).unflatten(-1, heads)
-        return k, v
+        return self.norm_k(self.k(text)).unflatten(-1, heads), v
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, S, d] in the weights' dtype to the same."""
-        q = self.norm_q(self.q(x)).to(x.dtype).unflatten(-1, (self.num_heads, -1))
+    def forward(self, x: Rows, text: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, S, d] as `q` takes it to [B, S, d] in the dtype of matrix products."""
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
         return self.o(self.attention(q, *text).flatten(-2))
 
 
@@ -137,29 +130,33 @@ class WanBlock(nn.Module):
         self.eps = config.eps
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
         self.self_attn = SelfAttention(config)
-        self.norm3 = LayerNorm(config.dim, config.eps)
+        self.norm3 = LayerNorm(config.dim)
         self.cross_attn = CrossAttention(config)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, config.dim)
-        )
+        self.ffn = FeedForward(config.dim, config.ffn_dim)
 
     def forward(self, x: Tensor, cond: LayerCondition, run: Run = inline) -> Tensor:
-        """x [B, S, d] fp32 to the same: three sub-layers, each reusable before its gate."""
-        dtype = self.self_attn.q.weight.dtype
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation[0] + cond.modulation  # [d] fp32 each
+        """x [B, S, d] fp32 to the same: three sub-layers, each reusable before its gate.
 
-        def self_attn(x: Tensor) -> Tensor:
-            return self.self_attn(modulated_norm(x, shift1, scale1, self.eps).to(dtype), cond.rope, run)
+        A sub-layer is handed its normalised input, which is computed together with the sum before it.
+        """
+        table = self.modulation[0] + cond.modulation  # [6, d] fp32
+        shift1, scale1, gate1, shift2, scale2, gate2 = table
+        takes = (self.self_attn.qkv.weight.dtype, self.cross_attn.q.weight.dtype, self.ffn.takes)
 
-        def cross_attn(x: Tensor) -> Tensor:
-            return self.cross_attn(self.norm3(x).to(dtype), cond.text)
+        n = layer_norm(x, 1 + scale1, shift1, self.eps, takes[0])
+        y = run("self_attn", lambda n: self.self_attn(n, cond.rope, run), n)
+        norm3 = self.norm3
+        x, n = gate_residual_norm(x, y, gate1, norm3.weight, norm3.bias, self.eps, takes[1])
+        y = run("cross_attn", lambda n: self.cross_attn(n, cond.text), n)
+        x, n = gate_residual_norm(x, y, None, 1 + scale2, shift2, self.eps, takes[2])
+        return gate_residual(x, run("ffn", self.ffn, n), gate2)
 
-        def ffn(x: Tensor) -> Tensor:
-            return self.ffn(modulated_norm(x, shift2, scale2, self.eps).to(dtype))
 
-        x = torch.addcmul(x, run("self_attn", self_attn, x), gate1)  # promotes to fp32, the dtype of x
-        x = x + run("cross_attn", cross_attn, x)
-        return torch.addcmul(x, run("ffn", ffn, x), gate2)
+class BlockCall(Protocol):
+    """How a block is called: its own forward, or a compiled form of it."""
+
+    def __call__(self, block: WanBlock, x: Tensor, cond: LayerCondition, run: Run) -> Tensor:
+        """x [B, S, d] fp32 to the same."""
 
 
 class Head(nn.Module):
@@ -174,7 +171,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [B, S, d] fp32 and the time embedding [d] fp32 to [B, S, patch volume * out_dim] fp32."""
         shift, scale = self.modulation[0] + time
-        return self.head(modulated_norm(x, shift, scale, self.eps))
+        return self.head(layer_norm(x, 1 + scale, shift, self.eps, x.dtype))
 
 
 class WanDiT(nn.Module):
@@ -195,6 +192,13 @@ class WanDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
+        self.call_block: BlockCall = WanBlock.__call__
+
+    @staticmethod
+    def parts_of(name: str) -> tuple[str, ...]:
+        """The checkpoint's tensors whose rows, one after another, make a parameter: q, k and v are packed."""
+        owner, packed, leaf = name.partition(".self_attn.qkv.")
+        return tuple(f"{owner}.self_attn.{part}.{leaf}" for part in "qkv") if packed else (name,)
 
     @staticmethod
     def weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -251,7 +255,8 @@ class WanDiT(nn.Module):
         """All blocks in order, x [B, S, d] fp32 to the same."""
         for layer, block in enumerate(self.block_list()):
             here = run.at(layer)
-            x = here("block", partial(block, cond=cond.at(layer), run=here.inside_block()), x)
+            call = partial(self.call_block, block, cond=cond.at(layer), run=here.inside_block())
+            x = here("block", call, x)
         return x
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -14,6 +14,7 @@ from chitu_core.distributed import Degrees, collectives
 from chitu_core.distributed.collectives import Pair, TokenShard
 from chitu_core.distributed.mesh import ParallelMesh, _with_groups
 from chitu_core.weights import randomise
+from chitu_diffusion.compilation import choose_block_call
 from chitu_diffusion.guidance import guided_velocity
 from chitu_diffusion.models.wan import WanConfig, WanDiT
 
@@ -42,12 +43,13 @@ def make_dit() -> WanDiT:
 
 
 @torch.no_grad()
-def velocity(degrees: Degrees, tokens: int) -> torch.Tensor:
+def velocity(degrees: Degrees, tokens: int, compile: str = "off") -> torch.Tensor:
     """The guided velocity of a fixed input on this rank of a mesh."""
     mesh = ParallelMesh(degrees)
     if degrees.world > 1:
         mesh = _with_groups(ParallelMesh(degrees, dist.get_rank()), "gloo")
     dit, shard = make_dit(), mesh.tokens()
+    dit.call_block = choose_block_call(compile, mesh)
     for block in dit.block_list():
         block.self_attn.attention = spread(Backend(), mesh, shard)
     draw = torch.Generator().manual_seed(5)
@@ -71,6 +73,14 @@ def test_every_layout_equals_one_rank(run_ranks, layout, tokens):
         assert (actual - expected).norm() <= 1e-5 * expected.norm()
     # all ranks of a replica take the sampler's step with this, so they must not differ by a bit
     assert all(torch.equal(actual, results[0]) for actual in results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [45, 48])
+def test_compiled_blocks_exchange_heads_too(run_ranks, tokens):
+    expected = velocity(Degrees(), tokens)
+    for actual in run_ranks(2, velocity, LAYOUTS["ulysses 2"], tokens, "on"):
+        assert (actual - expected).norm() <= 1e-5 * expected.norm()
 
 
 def count_bytes(degrees: Degrees, tokens: int) -> dict[str, int]:

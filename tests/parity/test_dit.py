@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from diffusers import WanTransformer3DModel
 from oracles import randomise, relative_error
 
+from chitu_core import weights
 from chitu_diffusion.checkpoint.names import DIT
 from chitu_diffusion.models.wan import WanConfig, WanDiT
 from chitu_diffusion.seam import Site
@@ -59,7 +60,7 @@ def oracle(config: WanConfig) -> WanTransformer3DModel:
 def ours(config: WanConfig, reference: WanTransformer3DModel, dtype: torch.dtype = torch.float32) -> WanDiT:
     model = WanDiT(config).requires_grad_(False)
     state = {DIT.rename(key): value for key, value in reference.state_dict().items()}
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(weights.pack(state, model.state_dict(), model.parts_of), strict=True)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(model.weight_dtype(name, dtype))
     return model
@@ -160,7 +161,12 @@ def test_full_size_parameters_are_those_of_the_released_checkpoint(table):
     with (KEYS / table).open() as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     listed = {row["official_key"]: tuple(map(int, row["shape"].split("x"))) for row in rows}
-    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == listed
+    ours = {}
+    for name, parameter in model.named_parameters():
+        parts = model.parts_of(name)
+        shape = (parameter.shape[0] // len(parts), *parameter.shape[1:])
+        ours |= dict.fromkeys(parts, shape)
+    assert ours == listed
 
 
 def test_blocks_compile_to_one_graph():

@@ -56,7 +56,9 @@ def model(ckpt_dir: Path | str | None, name: str = "Wan2.1-T2V-1.3B") -> ModelCo
 
 
 def load_component(module: nn.Module, component: Component, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Load it; returns the tensors under official names, packed ones apart again."""
     device, spell = torch.device("cpu"), component.spell
+    parts_of = module.parts_of if isinstance(module, WanDiT) else weights.whole
     weights.load(
         module,
         component.source,
@@ -65,8 +67,13 @@ def load_component(module: nn.Module, component: Component, dtype: torch.dtype) 
         dtype_of=lambda _: dtype,
         label="part",
         spell=spell,
+        parts_of=parts_of,
     )
-    return module.state_dict()
+    state: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        parts = parts_of(name)
+        state |= zip(parts, tensor.chunk(len(parts)) if len(parts) > 1 else (tensor,), strict=True)
+    return state
 
 
 def on_meta(make, config) -> nn.Module:

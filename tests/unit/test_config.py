@@ -87,6 +87,14 @@ def test_loading_leaves_the_composed_configuration_as_it_was():
         ("infer.max_reqs", 0, r"infer\.max_reqs=0: must be at least 1"),
         ("infer.max_reqs", "many", r"infer\.max_reqs: .*many"),
         ("infer.dtype", "int8", r"infer\.dtype=int8: choose one of auto, bfloat16, float16, float32"),
+        ("infer.compile", "maybe", r"infer\.compile=maybe: choose off, auto or on"),
+        ("infer.use_cuda_graph", "2", r"infer\.use_cuda_graph=2: choose off, auto or on"),
+        ("infer.warmup", ["832x480"], r"infer\.warmup=832x480: write WIDTHxHEIGHTxFRAMES"),
+        ("infer.warmup", ["832x480x81", "800x450x81"], r"infer\.warmup=800x450x81: .*multiples of 16"),
+        ("infer.warmup", ["832x480x80"], r"infer\.warmup=832x480x80: frames must be 4n \+ 1"),
+        ("infer.vae_dtype", "float16", r"infer\.vae_dtype=float16: choose one of float32, bfloat16"),
+        ("infer.vae_chunk", 0, r"infer\.vae_chunk=0: must be auto or a whole number, at least 1"),
+        ("infer.vae_chunk", "all", r"infer\.vae_chunk=all: must be auto or a whole number, at least 1"),
         ("infer.op_impl", "npu", r"infer\.op_impl=npu: choose torch or cpu"),
         ("infer.schedule_policy", "fair", r"infer\.schedule_policy=fair: choose one of fifo"),
         ("infer.dp_size", 0, r"infer\.dp_size=0: must be at least 1"),
@@ -102,7 +110,7 @@ def test_loading_leaves_the_composed_configuration_as_it_was():
         ("infer.diffusion.low_mem_level", 2, r"infer\.diffusion\.low_mem_level=2: not available"),
         ("infer.diffusion.enable_flexcache", True, r"infer\.diffusion\.enable_flexcache=True: not available"),
         ("eval.eval_type", ["psnr"], r"eval\.eval_type=\['psnr'\]: not available"),
-        ("quant", "int8", r"quant=int8: not available"),
+        ("quant", "int8", r"quant=int8: choose one of null, fp8"),
         ("output.root_dir", " ", r"output\.root_dir=' ': name a directory"),
         ("output.hydra_dump_mode", "keep", r"output\.hydra_dump_mode=keep: choose one of video_dir"),
         ("output.enable_run_log", "perhaps", r"output\.enable_run_log: .*perhaps"),
@@ -122,6 +130,17 @@ def test_loading_leaves_the_composed_configuration_as_it_was():
 def test_a_wrong_value_is_refused_by_its_key(key, value, message):
     with pytest.raises(ValueError, match=message):
         load(changed(key, value))
+
+
+@pytest.mark.parametrize(("given", "kept"), [("off", "off"), ("false", "off"), ("true", "on"), ("ON", "on")])
+def test_a_switch_may_be_given_as_yaml_reads_it(given, kept):
+    infer = load(composed(f"infer.compile={given}", f"infer.use_cuda_graph={given}")).infer
+    assert (infer.compile, infer.use_cuda_graph) == (kept, kept)
+
+
+def test_sizes_to_warm_up_are_read_as_numbers():
+    (size,) = load(composed("infer.warmup=[832x480x81]")).infer.warmup_sizes
+    assert (size.width, size.height, size.num_frames, str(size)) == (832, 480, 81, "832x480x81")
 
 
 def test_degrees_may_be_given_as_text():

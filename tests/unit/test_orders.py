@@ -40,6 +40,7 @@ RESULT = TaskResult(
     dtype="float32",
     device="cpu",
     flexcache=None,
+    quant=None,
     parallel={"dp": 1, "cfg": 2, "ring": 1, "ulysses": 2},
     approximations=(),
     warnings=("a remark",),

@@ -1,0 +1,68 @@
+"""infer.vae_dtype and infer.vae_chunk, from the configuration to the record of a video."""
+
+import logging
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+from chitu_core.config import load
+from chitu_core.environment import Environment
+from chitu_diffusion.engine import Engine
+from chitu_diffusion.prepare import pick_vae_chunk
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskPool
+from chitu_diffusion.vaes.wan import WanVAE
+
+
+def run(tmp_path, *overrides):
+    """One small video: its record, and the networks that made it."""
+    with initialize_config_module("chitu_core.config", version_base=None):
+        config = load(compose("serve_config", overrides=[f"output.root_dir={tmp_path}", *overrides]))
+    engine = Engine(config, TaskPool(), Environment())
+    params = DiffusionUserParams(prompt="x", width=32, height=32, num_frames=5, num_inference_steps=1)
+    task = DiffusionTask.from_user_request(params)
+    engine.pool.add(task)
+    while not engine.pool.all_finished():
+        engine.step()
+    pipeline = engine.pipeline
+    engine.close()
+    assert task.result is not None, task.error_message
+    return task.result, pipeline
+
+
+def test_by_default_the_vae_computes_in_float32_and_nothing_is_approximate(tmp_path):
+    result, pipeline = run(tmp_path, "infer.op_impl=cpu")
+    assert (pipeline.vae.dtype, pipeline.vae_chunk) == (torch.float32, 1)
+    assert result.approximations == ()
+
+
+def test_a_vae_in_bfloat16_is_named_by_record_and_log(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="chitu_diffusion"):
+        result, pipeline = run(tmp_path, "infer.vae_dtype=bfloat16")
+    assert pipeline.vae.dtype == torch.bfloat16
+    assert result.approximations == ("VAE in bfloat16",)
+    assert "infer.vae_dtype=bfloat16" in caplog.text
+
+
+def test_the_chunk_of_the_configuration_reaches_the_decoder(tmp_path, monkeypatch):
+    asked, decode = [], WanVAE.decode
+    monkeypatch.setattr(
+        WanVAE,
+        "decode",
+        lambda vae, latent, chunk=1, strips=None: asked.append(chunk) or decode(vae, latent, chunk),
+    )
+    run(tmp_path, "infer.vae_chunk=3")
+    assert asked == [3]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "device", "dtype", "expected"),
+    [
+        ("auto", "cpu", torch.bfloat16, 1),
+        ("auto", "cuda", torch.float32, 1),
+        ("auto", "cuda", torch.bfloat16, 2),
+        (5, "cpu", torch.float32, 5),
+    ],
+)
+def test_auto_takes_two_latent_frames_in_bfloat16_on_a_gpu(chunk, device, dtype, expected):
+    assert pick_vae_chunk(chunk, torch.device(device), dtype) == expected
