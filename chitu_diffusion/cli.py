@@ -22,7 +22,7 @@ from chitu_core import logging as chitu_logging
 from chitu_core.config import load
 from chitu_core.distributed import RankFailure
 from chitu_core.environment import Environment
-from chitu_diffusion.bench import attention as bench_attention
+from chitu_diffusion.bench import attention, compare, dit, e2e, profile, t5, vae
 from chitu_diffusion.doctor import report
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.outputs import check_writable
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return launch.main(arguments[1:])
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)  # overrides may stand behind options
-    if any(word.startswith("-") for word in rest) or (rest and options.verb != "generate"):
+    if any(word.startswith("-") for word in rest) or (rest and "words" not in options):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if options.verb == "generate":
+    if rest:
         options.words += rest
     try:
         return options.run(options)
@@ -82,14 +82,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
     verbs.add_parser("run", help="launch from a system_config.yaml", add_help=False)
-    kinds = verbs.add_parser("bench", help="measure").add_subparsers(required=True)
-    one = kinds.add_parser("attention", help="every attention backend at a model's shapes")
-    bench_attention.add_arguments(one)
-    one.set_defaults(run=bench_attention.run)
+    _add_benches(verbs.add_parser("bench", help="measure"))
     doctor = verbs.add_parser("doctor", help="what this machine can do")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_benches(bench: argparse.ArgumentParser) -> None:
+    """A verb a module, named and described by it."""
+    kinds = bench.add_subparsers(required=True)
+    for module in (attention, dit, vae, t5, e2e, compare, profile):
+        about = (module.__doc__ or "").partition(": ")[2]
+        kind = kinds.add_parser(module.__name__.rpartition(".")[2], help=about.partition("\n")[0])
+        module.add_arguments(kind)
+        kind.set_defaults(run=module.run)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -5,32 +5,31 @@ approximation is not measured here.
 """
 
 import argparse
-import importlib.metadata
 import json
-import platform
-import re
-import shlex
 import sys
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 
-import torch
-from hydra import compose, initialize_config_module
-from hydra.errors import MissingConfigException
-
 from chitu_core import attention
-from chitu_core.config import Config, load
+from chitu_core.config import Config
 from chitu_diffusion.bench._measure import HEADER, SEED, WARM_UP, Bench, Measurement, Row, Shape, figures
 from chitu_diffusion.bench._plot import Bar, Panel, draw
-from chitu_diffusion.params import DiffusionUserParams
+from chitu_diffusion.bench._setup import (
+    Machine,
+    check_counts,
+    command,
+    compose_config,
+    machine,
+    make_folder,
+    resolved,
+    size_name,
+    word,
+)
 from chitu_diffusion.prepare import pick_device, pick_dtype
-from chitu_diffusion.resolve import resolve
 from chitu_diffusion.spec import ModelSpec
 
 _VAE_STRIDE = (4, 8, 8)  # pixels of (frames, rows, columns) to a latent
 _CHOOSERS = ("flash_attn", "sage")  # each takes the best of its versions, which have rows of their own
-_PACKAGES = ("triton", "flash-attn", "flash_attn_3", "flash-attn-4", "sageattention", "spas_sage_attn")
 
 
 @dataclass(frozen=True)
@@ -39,22 +38,6 @@ class Table:
 
     shape: Shape
     rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where it was measured, with what, when."""
-
-    device: str
-    capability: str | None
-    driver: str | None
-    cuda: str | None
-    cudnn: int | None
-    torch: str
-    python: str
-    packages: dict[str, str | None]
-    command: str
-    date: str
 
 
 @dataclass(frozen=True)
@@ -98,24 +81,22 @@ def run(options: argparse.Namespace) -> int:
     config = _config(options)
     size, shapes = _shapes(options, config)
     names = _backends(options.backends)
-    options.out.mkdir(parents=True, exist_ok=True)  # before the minutes of measuring
+    make_folder(options)
     device = pick_device("torch")
     dtype = pick_dtype(config.infer.dtype, device)
     ratio = config.infer.attn_config.sparsity_ratio
-    machine = _machine(device, _command(options))
-    sys.stdout.write(
-        f"{config.models.name} {size}, {_word(dtype)}, {options.repeats} calls, {machine.device}\n"
-    )
+    where = machine(device, command(options, "attention", add_arguments))
+    sys.stdout.write(f"{config.models.name} {size}, {word(dtype)}, {options.repeats} calls, {where.device}\n")
     tables = []
     for shape in shapes:
         sys.stdout.write(f"\n{shape}\n{HEADER}\n")
         bench = Bench(shape, device, dtype, options.repeats, ratio)
         tables.append(Table(shape, bench.rows(names)))
     report = Report(
-        environment=machine,
+        environment=where,
         model=config.models.name,
         size=size,
-        dtype=_word(dtype),
+        dtype=word(dtype),
         seed=SEED,
         warm_up=WARM_UP,
         repeats=options.repeats,
@@ -127,10 +108,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("heads", "head_dim", "length", "repeats"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least 1")
+    check_counts(options, ("heads", "head_dim", "length", "repeats"))
     if options.length is not None and (options.size or options.frames):
         raise ValueError(f"--length={options.length} contradicts --size and --frames; give one or the other")
 
@@ -138,18 +116,11 @@ def _check(options: argparse.Namespace) -> None:
 def _config(options: argparse.Namespace) -> Config:
     """The configuration of the model, without weights."""
     chosen = {
-        "models": options.model,
         "infer.dtype": options.dtype,
         "infer.attn_config.sparsity_ratio": options.sparsity_ratio,
-        "debug.skip_model_load": True,
     }
     overrides = [f"{key}={value}" for key, value in chosen.items() if value is not None]
-    try:
-        with initialize_config_module("chitu_core.config", version_base=None):
-            return load(compose("serve_config", overrides=overrides))
-    except MissingConfigException as error:
-        known = ", ".join(error.options or ())
-        raise ValueError(f"--model={options.model}: unknown; choose one of {known}") from error
+    return compose_config(options.model, overrides, no_weights=True)
 
 
 def _shapes(options: argparse.Namespace, config: Config) -> tuple[str, tuple[Shape, Shape]]:
@@ -158,25 +129,16 @@ def _shapes(options: argparse.Namespace, config: Config) -> tuple[str, tuple[Sha
     heads = options.heads or model.transformer.num_heads
     head_dim = options.head_dim or model.transformer.dim // model.transformer.num_heads
     if options.length is None:
-        asked = resolve(DiffusionUserParams(size=_pixels(options.size), num_frames=options.frames), model)
+        asked = resolved(options.size, options.frames, model)
         spec = ModelSpec(
             (), _VAE_STRIDE, model.transformer.patch_size, model.vae.z_dim, model.encoder.text_len
         )
         length = spec.seq_len(spec.latent_shape(asked.num_frames, asked.height, asked.width))
-        size = f"{asked.width}x{asked.height}" + (f"x{asked.num_frames}" if options.frames else "")
+        size = size_name(asked, options.frames)
     else:
         length, size = options.length, f"L{options.length}"
     self_shape = Shape("self-attention", heads, head_dim, length, length)
     return size, (self_shape, Shape("cross-attention", heads, head_dim, length, model.encoder.text_len))
-
-
-def _pixels(size: str | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    found = re.fullmatch(r"(\d+)[xX](\d+)", size)
-    if found is None:
-        raise ValueError(f"--size={size}: write WIDTHxHEIGHT, such as 832x480")
-    return int(found[1]), int(found[2])
 
 
 def _backends(text: str | None) -> tuple[str, ...]:
@@ -188,46 +150,6 @@ def _backends(text: str | None) -> tuple[str, ...]:
         raise ValueError(f"--backends={text!r}: names no backend; choose from {', '.join(attention.names())}")
     found = (name if name == "auto" else attention.canonical(name, "--backends") for name in asked)
     return tuple(dict.fromkeys(found))
-
-
-def _machine(device: torch.device, command: str) -> Machine:
-    on_gpu = device.type == "cuda"
-    return Machine(
-        device=torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        capability="{}.{}".format(*torch.cuda.get_device_capability(device)) if on_gpu else None,
-        driver=_driver() if on_gpu else None,
-        cuda=torch.version.cuda if on_gpu else None,
-        cudnn=torch.backends.cudnn.version() if on_gpu else None,
-        torch=torch.__version__,
-        python=platform.python_version(),
-        packages={name: _installed(name) for name in _PACKAGES},
-        command=command,
-        date=datetime.now().astimezone().isoformat(timespec="seconds"),
-    )
-
-
-def _driver() -> str | None:
-    file = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\d+\.\d+(\.\d+)?", file.read_text("utf-8")) if file.is_file() else None
-    return found[0] if found else None
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _command(options: argparse.Namespace) -> str:
-    """The command line that gives these options."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add_arguments(parser)
-    words = ["chitu", "bench", "attention"]
-    for name, default in vars(parser.parse_args([])).items():
-        if getattr(options, name) != default:
-            words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    return shlex.join(words)
 
 
 def _write(report: Report, stem: Path) -> None:
@@ -251,7 +173,3 @@ def _write(report: Report, stem: Path) -> None:
 def _label(measured: Measurement) -> str:
     speed, time = figures(measured.tflops), figures(measured.median_ms)
     return f"{speed} TFLOP/s, {time} ms, error {measured.error:.2g}"
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
