@@ -2,7 +2,15 @@
 
 from chitu_core.distributed.channel import RankChannel
 from chitu_core.distributed.degrees import Degrees, plan_degrees
-from chitu_core.distributed.mesh import ParallelMesh, open_mesh
+from chitu_core.distributed.mesh import ParallelMesh, open_channel, open_mesh
 from chitu_core.distributed.watchdog import RankFailure
 
-__all__ = ["Degrees", "ParallelMesh", "RankChannel", "RankFailure", "open_mesh", "plan_degrees"]
+__all__ = [
+    "Degrees",
+    "ParallelMesh",
+    "RankChannel",
+    "RankFailure",
+    "open_channel",
+    "open_mesh",
+    "plan_degrees",
+]

@@ -4,8 +4,8 @@ A mesh of one rank has no group and needs no `torch.distributed`.
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -110,6 +110,37 @@ def open_mesh(degrees: Degrees, environment: Environment, device: torch.device) 
         raise ValueError(f"WORLD_SIZE={environment.world_size}: the mesh {degrees} has {degrees.world} ranks")
     if degrees.world == 1:
         return ParallelMesh()
+    address, port = _join(environment)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc="control")
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=START_TIMEOUT)
+    watchdog = Watchdog(store, environment.rank, degrees.world)
+    dist.barrier(group=control)
+    watchdog.start()
+    mesh = ParallelMesh(degrees, environment.rank, control=control, watchdog=watchdog)
+    mesh = _with_groups(mesh, "nccl" if device.type == "cuda" else "gloo")
+    _warm_up(mesh, device)
+    logger.info("%d ranks: %s", degrees.world, degrees)
+    return mesh
+
+
+@contextmanager
+def open_channel(environment: Environment) -> Iterator[RankChannel]:
+    """Messages between all ranks where there is no mesh, such as after an engine; all must open it.
+
+    Raises ValueError for a missing MASTER_ADDR or MASTER_PORT.
+    """
+    if environment.world_size == 1:
+        yield RankChannel(None)
+        return
+    _join(environment)
+    group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc="channel")
+    yield RankChannel(group)
+    dist.barrier(group=group)  # nobody leaves while somebody still listens
+    dist.destroy_process_group(group)
+
+
+def _join(environment: Environment) -> tuple[str, int]:
+    """Join the process's default group, if it has none; address and port of rank 0."""
     address, port = environment.master_addr, environment.master_port
     for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
         if value is None:
@@ -121,16 +152,7 @@ def open_mesh(degrees: Degrees, environment: Environment, device: torch.device) 
         dist.init_process_group(
             "gloo", rank=environment.rank, world_size=environment.world_size, timeout=START_TIMEOUT
         )
-    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT, group_desc="control")
-    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=START_TIMEOUT)
-    watchdog = Watchdog(store, environment.rank, degrees.world)
-    dist.barrier(group=control)
-    watchdog.start()
-    mesh = ParallelMesh(degrees, environment.rank, control=control, watchdog=watchdog)
-    mesh = _with_groups(mesh, "nccl" if device.type == "cuda" else "gloo")
-    _warm_up(mesh, device)
-    logger.info("%d ranks: %s", degrees.world, degrees)
-    return mesh
+    return address, port
 
 
 def _with_groups(mesh: ParallelMesh, backend: str) -> ParallelMesh:
