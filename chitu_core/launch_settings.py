@@ -63,11 +63,21 @@ KEYS = (
     Key("infer.enable_flexcache", FLAG, "infer.diffusion.enable_flexcache"),
     Key("eval.eval_type", TEXTS, "eval.eval_type"),
     Key("eval.reference_path", TEXT, "eval.reference_path"),
+    Key("eval.pairing", TEXT, "eval.pairing"),
+    Key("eval.weights_dir", TEXT, "eval.weights_dir"),
+    Key("eval.vbench_python", TEXT, "eval.vbench_python"),
     Key("output.root_dir", TEXT, "output.root_dir", "outputs"),
     Key("output.enable_run_log", FLAG, "output.enable_run_log"),
     Key("output.enable_timer_dump", FLAG, "output.enable_timer_dump"),
     Key("output.hydra_dump_mode", TEXT, "output.hydra_dump_mode"),
     Key("overrides", TEXTS, default=[]),
+)
+PATHS = (
+    "model.ckpt_dir",
+    "output.root_dir",
+    "eval.reference_path",
+    "eval.weights_dir",
+    "eval.vbench_python",
 )
 WITHOUT_CHECKPOINT = "demo"  # the one model whose weights come with the package
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -173,7 +183,7 @@ def _check(key: Key, value: Any) -> Any:
         return "off"  # YAML reads a bare `off` as false
     if key.path == "eval.eval_type" and isinstance(value, str):
         value = [name.strip() for name in value.split(",") if name.strip().lower() not in ("", "none")]
-    if key.path in ("model.ckpt_dir", "output.root_dir", "eval.reference_path") and isinstance(value, str):
+    if key.path in PATHS and isinstance(value, str):
         value = os.path.expanduser(value) or None  # an empty path would be the current directory
     if value is None:
         return key.default

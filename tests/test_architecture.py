@@ -33,6 +33,11 @@ FORBIDDEN_IMPORTS = {  # folder or file: what it must not know
     "chitu_diffusion/vaes": (*LEAVES, "chitu_diffusion.models", "chitu_diffusion.encoders"),
     "chitu_diffusion/samplers": (*LEAVES, "chitu_diffusion.models", "chitu_diffusion.guidance"),
     "chitu_diffusion/flex_cache": LEAVES,
+    "chitu_diffusion/eval": (
+        "torch.distributed",
+        "chitu_core.environment",
+        *(f"chitu_diffusion.{name}" for name in ("engine", "backend", "generator", "prepare", "task")),
+    ),
     "chitu_diffusion/seam.py": (*LEAVES, "chitu_diffusion.models"),
     "chitu_diffusion/guidance.py": LEAVES,
     "chitu_diffusion/checkpoint": (

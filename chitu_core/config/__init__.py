@@ -18,6 +18,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTISATIONS = ("fp8",)
 VAE_DTYPES = ("float32", "bfloat16")
 SCHEDULE_POLICIES = ("fifo", "priority", "round_robin")
+PAIRINGS = ("match", "ignore_steps", "order")
 HYDRA_DUMP_MODES = ("video_dir", "same_as_video", "relocate", "off", "disable", "none", "default")
 
 
@@ -317,17 +318,35 @@ class InferConfig:
         return tuple(VideoSize.parse(text, "infer.warmup") for text in self.warmup)
 
 
+def _metrics(value: object) -> tuple[str, ...]:
+    """Names of metrics in lower case, each once, from any of the documented spellings."""
+    given = value.split(",") if isinstance(value, str) else value or []
+    is_legal = isinstance(given, list | tuple) and all(isinstance(name, str) for name in given)
+    _require(is_legal, "eval.eval_type", value, "write a list of metrics, such as [psnr,ssim]")
+    assert isinstance(given, list | tuple)
+    names = (name.strip().lower() for name in given)
+    return tuple(dict.fromkeys(name for name in names if name not in ("", "none", "null")))
+
+
 @dataclass(frozen=True)
 class EvalConfig:
-    eval_type: tuple[str, ...] = _doc("metrics to compute after a run; none in this version")
-    reference_path: str | None = _doc(
-        "directory of reference videos; unused in this version, so it must stay null"
+    eval_type: Any = _doc(
+        "metrics to compute after a run: a list, or one text with commas; null, none and empty mean none"
     )
+    reference_path: str | None = _doc("directory of the videos that generated ones are compared with")
+    pairing: str = _doc(
+        "which reference belongs to a video: match (same file name, else same prompt, seed and steps), "
+        "ignore_steps (else same prompt and seed), order (of file names, whatever they show)"
+    )
+    weights_dir: str | None = _doc("directory of the networks that fid, frame_fid and fvd need")
+    vbench_python: str | None = _doc("Python of an environment that has vbench; the metric vbench needs it")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eval_type", tuple(self.eval_type))
-        _only("eval.eval_type", list(self.eval_type), [])
-        _only("eval.reference_path", self.reference_path, None)
+        object.__setattr__(self, "eval_type", _metrics(self.eval_type))
+        for name in ("reference_path", "weights_dir", "vbench_python"):
+            object.__setattr__(self, name, getattr(self, name) or None)
+        known = self.pairing in PAIRINGS
+        _require(known, "eval.pairing", self.pairing, f"choose one of {', '.join(PAIRINGS)}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ from typing import Any, get_args
 from omegaconf import OmegaConf
 
 from chitu_core import attention, launch_settings
-from chitu_core.config import DTYPES, HYDRA_DUMP_MODES, QUANTISATIONS, VAE_DTYPES, Config, ModelConfig
+from chitu_core.config import (
+    DTYPES,
+    HYDRA_DUMP_MODES,
+    PAIRINGS,
+    QUANTISATIONS,
+    VAE_DTYPES,
+    Config,
+    ModelConfig,
+)
 from chitu_core.environment import LOGGING_LEVELS, Environment
 
 _FOLDER = Path(__file__).parent
@@ -33,6 +41,7 @@ LEGAL = {  # where the field's own text does not say it
     "infer.vae_chunk": "auto, 1 or more",
     "infer.max_reqs": "1 or more",
     "infer.diffusion.up_limit": "1 or more",
+    "eval.pairing": ", ".join(PAIRINGS),
     "output.hydra_dump_mode": ", ".join(HYDRA_DUMP_MODES),
     "quant": ", ".join(["null", *QUANTISATIONS]),
     "float_16bit_variant": ", ".join(["null", *DTYPES]),
@@ -202,6 +211,8 @@ def _literal(value: Any) -> str:
 
 def _type(annotation: Any) -> str:
     """A field's type in words that fit YAML."""
+    if annotation is Any:
+        return "list of str, or str"
     if annotation is type(None):
         return "null"
     arguments = [part for part in get_args(annotation) if part is not Ellipsis]

@@ -109,7 +109,9 @@ def test_loading_leaves_the_composed_configuration_as_it_was():
         ("infer.diffusion.up_limit", 0, r"infer\.diffusion\.up_limit=0: must be at least 1"),
         ("infer.diffusion.low_mem_level", 2, r"infer\.diffusion\.low_mem_level=2: not available"),
         ("infer.diffusion.enable_flexcache", True, r"infer\.diffusion\.enable_flexcache=True: not available"),
-        ("eval.eval_type", ["psnr"], r"eval\.eval_type=\['psnr'\]: not available"),
+        ("eval.eval_type", 3, r"eval\.eval_type=3: write a list of metrics"),
+        ("eval.eval_type", ["psnr", 3], r"eval\.eval_type=\['psnr', 3\]: write a list of metrics"),
+        ("eval.pairing", "sorted", r"eval\.pairing=sorted: choose one of match, ignore_steps, order"),
         ("quant", "int8", r"quant=int8: choose one of null, fp8"),
         ("output.root_dir", " ", r"output\.root_dir=' ': name a directory"),
         ("output.hydra_dump_mode", "keep", r"output\.hydra_dump_mode=keep: choose one of video_dir"),
@@ -130,6 +132,22 @@ def test_loading_leaves_the_composed_configuration_as_it_was():
 def test_a_wrong_value_is_refused_by_its_key(key, value, message):
     with pytest.raises(ValueError, match=message):
         load(changed(key, value))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ([], ()),
+        (None, ()),
+        ("none", ()),
+        ("", ()),
+        ("PSNR", ("psnr",)),
+        ("psnr, ssim,psnr", ("psnr", "ssim")),
+        (["Psnr", "none", "fvd"], ("psnr", "fvd")),
+    ],
+)
+def test_metrics_may_be_named_in_every_documented_way(given, kept):
+    assert load(changed("eval.eval_type", given)).eval.eval_type == kept
 
 
 @pytest.mark.parametrize(("given", "kept"), [("off", "off"), ("false", "off"), ("true", "on"), ("ON", "on")])

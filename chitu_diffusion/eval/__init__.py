@@ -1,0 +1,1 @@
+"""Scores of finished videos. A public module of this folder, but for manager.py, is a metric of that name."""
