@@ -5,6 +5,7 @@ from chitu_diffusion.chitu_diffusion_main import (
     chitu_generate,
     chitu_init,
     chitu_is_terminated,
+    chitu_run_eval,
     chitu_start,
     chitu_terminate,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "chitu_generate",
     "chitu_init",
     "chitu_is_terminated",
+    "chitu_run_eval",
     "chitu_start",
     "chitu_terminate",
 ]

@@ -1,4 +1,4 @@
-"""The five functions that a script calls: init, start, generate, terminate, is_terminated."""
+"""The six functions that a script calls: init, start, generate, terminate, is_terminated, run_eval."""
 
 from typing import Any
 
@@ -7,6 +7,9 @@ from chitu_core.config import load
 from chitu_core.environment import Environment
 from chitu_diffusion.backend import DiffusionBackend
 from chitu_diffusion.engine import BackendState
+from chitu_diffusion.eval._records import EvalRecord
+from chitu_diffusion.eval.manager import check_types
+from chitu_diffusion.run_eval import evaluate_run
 from chitu_diffusion.task import DiffusionTaskPool
 
 
@@ -23,7 +26,9 @@ def chitu_init(args: Any, logging_level: int | None = None) -> None:
     """
     environment = Environment.read()
     chitu_logging.setup(environment, logging_level)
-    DiffusionBackend.build(load(args), DiffusionTaskPool.instance, environment)
+    config = load(args)
+    check_types(config.eval.eval_type)
+    DiffusionBackend.build(config, DiffusionTaskPool.instance, environment)
 
 
 def chitu_start() -> None:
@@ -48,3 +53,16 @@ def chitu_terminate() -> None:
 def chitu_is_terminated() -> bool:
     """Whether the engine has ended; False before the first `chitu_init`."""
     return DiffusionBackend.state == BackendState.Terminated
+
+
+def chitu_run_eval() -> tuple[EvalRecord, ...]:
+    """Score the finished videos with the metrics of `eval.eval_type`; call it on every rank, best after
+    `chitu_terminate`, which frees the networks.
+
+    Writes ./eval_out (./vbench_out for vbench), and copies into the run directory's eval/. Returns a record
+    of each metric, the same on all ranks; what is missing or goes wrong is said there and not raised.
+    Raises RuntimeError before the first `chitu_init`.
+    """
+    if DiffusionBackend.engine is None:
+        raise RuntimeError("there is no engine; call chitu_init first")
+    return evaluate_run(DiffusionBackend.engine, Environment.read())

@@ -1,8 +1,8 @@
 """The shell's `chitu`: thin verbs over the library.
 
 `chitu generate PROMPT [options] [hydra.overrides ...]` makes videos; the path of each is a line on standard
-output, all else goes to standard error. `chitu doctor` says what this machine can do. `chitu run` is the
-launcher.
+output, all else goes to standard error. `chitu eval` scores videos. `chitu doctor` says what this machine can
+do. `chitu run` is the launcher.
 """
 
 import argparse
@@ -22,9 +22,11 @@ from chitu_core import logging as chitu_logging
 from chitu_core.config import load
 from chitu_core.distributed import RankFailure
 from chitu_core.environment import Environment
+from chitu_diffusion import run_eval
 from chitu_diffusion.bench import attention, compare, dit, e2e, profile, t5, vae
 from chitu_diffusion.doctor import report
 from chitu_diffusion.engine import Engine
+from chitu_diffusion.eval.manager import check_types
 from chitu_diffusion.outputs import check_writable
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskPool
 
@@ -82,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
     verbs.add_parser("run", help="launch from a system_config.yaml", add_help=False)
+    run_eval.add_arguments(verbs.add_parser("eval", help="score videos"))
     _add_benches(verbs.add_parser("bench", help="measure"))
     doctor = verbs.add_parser("doctor", help="what this machine can do")
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -129,7 +132,9 @@ def _generate(options: argparse.Namespace) -> int:
         check_writable(Path(options.output), "save_path")
     environment = Environment.read()
     chitu_logging.setup(environment)
-    engine = Engine(load(args), TaskPool(), environment)
+    config = load(args)
+    check_types(config.eval.eval_type)
+    engine = Engine(config, TaskPool(), environment)
     shows_bar = sys.stderr.isatty() and not environment.debug and environment.rank == 0
     if shows_bar:
         chitu_logging.set_console_level(logging.WARNING)
@@ -140,6 +145,7 @@ def _generate(options: argparse.Namespace) -> int:
         _run(engine, tasks, shows_bar)
     finally:
         engine.close()
+    run_eval.evaluate_run(engine, environment)
     return _tell(tasks, as_json=options.json, is_quiet=environment.rank > 0)
 
 

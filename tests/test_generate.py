@@ -21,6 +21,7 @@ from chitu_diffusion import (
     DiffusionUserParams,
     chitu_generate,
     chitu_init,
+    chitu_run_eval,
     chitu_start,
     chitu_terminate,
 )
@@ -35,7 +36,8 @@ OTHER_PROMPTS = ["A cat walking on grass."]
 
 
 def generate(args: DictConfig) -> None:
-    """Make the prompts' videos and print their paths; exit with 1 when one fails, or cannot begin."""
+    """Make the prompts' videos and print their paths, then their scores if `eval.eval_type` asks for any;
+    exit with 1 when a video fails, or cannot begin."""
     environment = Environment.read()
     try:
         chitu_init(args)
@@ -51,6 +53,9 @@ def generate(args: DictConfig) -> None:
     chitu_terminate()
     for task in tasks if environment.rank == 0 else []:
         print(task.buffer.save_path or f"{task.phase}: {task.error_message}")
+    for record in chitu_run_eval():
+        if environment.rank == 0:
+            print(record.line)
     if any(task.result is None for task in tasks):
         raise SystemExit(1)
 
@@ -88,11 +93,39 @@ def test_the_script_makes_videos_and_leaves_a_whole_run_directory(tmp_path):
     assert not (tmp_path / "outputs").exists() or not any((tmp_path / "outputs").rglob("*.yaml"))
 
 
+def test_the_script_scores_its_videos_against_an_earlier_run(tmp_path):
+    """The launch of an exact run and of a quantised one; tests/unit/test_eval.py has the numbers."""
+    few = ["models.sampler.sample_steps=2", "models.video.num_frames=5"]
+    assert run_script("output.root_dir=exact", *few, cwd=tmp_path).returncode == 0
+    (exact,) = (tmp_path / "exact").iterdir()
+    asked = ["quant=fp8", "eval.eval_type=[psnr,ssim,fvd]", f"eval.reference_path={exact}"]
+    finished = run_script("output.root_dir=fast", *few, *asked, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    *_, psnr, ssim, fvd = finished.stdout.splitlines()
+    assert psnr.startswith("psnr: ")
+    assert float(psnr.split()[1]) > 20
+    assert float(ssim.removeprefix("ssim: ")) > 0.8
+    assert fvd.startswith("fvd: skipped: ")
+    (fast,) = (tmp_path / "fast").iterdir()
+    for folder in (tmp_path / "eval_out", fast / "eval"):
+        summary = json.loads((folder / "summary.json").read_text())
+        assert [metric["status"] for metric in summary["metrics"]] == ["success", "success", "skipped"]
+        assert len(summary["pairs"]) == 2
+        assert (folder / "report.html").is_file()
+
+
 def test_hydra_dump_mode_off_leaves_no_dump(tmp_path):
     overrides = ["models.sampler.sample_steps=1", "models.video.num_frames=1", "output.hydra_dump_mode=off"]
     finished = run_script("output.root_dir=results", *overrides, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert not list(tmp_path.rglob(".hydra"))
+
+
+def test_an_unknown_metric_fails_before_anything_is_built(tmp_path):
+    finished = run_script("eval.eval_type=psrn", cwd=tmp_path)
+    assert finished.returncode == 1
+    assert "Error: eval.eval_type=psrn: choose from fid" in finished.stderr
+    assert not list(tmp_path.rglob("*.mp4"))
 
 
 def test_an_unknown_override_fails_before_anything_is_built(tmp_path):
