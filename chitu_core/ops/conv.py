@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chitu_core.ops.rows import HAS_TRITON
+from chitu_core.ops.rows import is_fused
 
 # Compute capability: the most channels for which `shifted_conv3d` beats cuDNN. On H100 with cuDNN 9.19, bf16,
 # for 4 frames of 832x480: 1.73 ms against 2.59 with 96 channels, at half the size 1.72 against 1.48 with 192.
@@ -27,7 +27,7 @@ def rms_norm_silu(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
     `out` [T, H + 2 p, W + 2 p, C], in the dtype of x, may be a part of a larger tensor, channels adjacent.
     The p pixels around each frame become zeros, which is the padding of a convolution that follows.
     """
-    if _is_fused(x):
+    if is_fused(x):
         torch.ops.chitu.rms_norm_silu(x, weight, eps, out)
         return
     _, height, width, dim = x.shape
@@ -40,7 +40,7 @@ def rms_norm_silu(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
 
 def prefers_shifted(x: Tensor, dim_out: int) -> bool:
     """Whether `shifted_conv3d` is the faster way to convolve x [T, H, W, C] to `dim_out` channels."""
-    if not _is_fused(x) or x.dtype not in (torch.bfloat16, torch.float16):
+    if not is_fused(x) or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     most, dim_in = SHIFTED_WIDTHS.get(torch.cuda.get_device_capability(x.device), 0), x.shape[-1]
     is_whole = dim_in % _CHANNEL_STEP == 0 and (dim_out % _CHANNEL_STEP == 0 or dim_out <= _FEW)
@@ -60,7 +60,7 @@ def shifted_conv3d(x: Tensor, taps: Tensor, bias: Tensor, add: Tensor | None = N
     comes out for the last two pixels of a row, and rows of a frame, is dropped. Sums are fp32; results are
     in the dtype of x, rounded before the addition as those of a convolution and an addition are.
     """
-    if _is_fused(x):
+    if is_fused(x):
         return torch.ops.chitu.shifted_conv3d(x, taps, bias, add)
     (frames, height, width), (_, rows, columns, dim) = _shape_inside(x), x.shape
     pixels = frames * rows * columns
@@ -99,7 +99,7 @@ def interleave2x(y: Tensor, bias: Tensor) -> Tensor:
 
     Parity (a, b) of the pixel (h, w) is y at (h + a, w + b).
     """
-    if _is_fused(y):
+    if is_fused(y):
         return torch.ops.chitu.interleave2x(y, bias)
     height, width = y.shape[1] - 1, y.shape[2] - 1
     parts = y.unflatten(-1, (2, 2, -1))
@@ -114,7 +114,7 @@ def convolve(conv: nn.Conv3d, x: Tensor, padding: tuple[int, int, int], add: Ten
     """Apply a convolution to [T, H, W, C] with so many zeros on either side of T, H and W; then add `add`."""
     # NOTE: the batch axis comes before the permutation, else the strides are not seen as channels-last.
     clip = x[None].permute(0, 4, 1, 2, 3)  # [1, C, T, H, W]
-    if _is_fused(x) and conv.bias is not None:  # cuDNN's result is read once for both additions
+    if is_fused(x) and conv.bias is not None:  # cuDNN's result is read once for both additions
         y = F.conv3d(clip, conv.weight, None, conv.stride, padding).permute(0, 2, 3, 4, 1)[0]
         return torch.ops.chitu.add_bias(y, conv.bias, add)
     has_onednn: bool = torch.backends.mkldnn.is_available()
@@ -140,10 +140,6 @@ def _halo(x: Tensor, out: Tensor) -> int:
 
 def _shape_inside(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0] - 2, x.shape[1] - 2, x.shape[2] - 2
-
-
-def _is_fused(x: Tensor) -> bool:
-    return HAS_TRITON and x.is_cuda
 
 
 def _kernels() -> Any:

@@ -34,14 +34,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
 
     Modulation by one row for all tokens is this too: weight 1 + scale, bias shift. `dtype` may be `FP8`.
     """
-    if _is_fused(x):
+    if is_fused(x):
         return _rows(*torch.ops.chitu.layer_norm(x, weight, bias, eps, dtype))
     return _as(F.layer_norm(x, x.shape[-1:], weight, bias, eps), dtype)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """x + gate * y: a residual stream x [..., d] fp32, y of any dtype, one row of gates [d] or none."""
-    if _is_fused(x):
+    if is_fused(x):
         return torch.ops.chitu.gate_residual(x, y, gate)
     return x + y if gate is None else torch.addcmul(x, y, gate)  # promotes to the dtype of x
 
@@ -56,7 +56,7 @@ def gate_residual_norm(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Rows]:
     """`gate_residual`, and `layer_norm` of its result: the stream stays on the chip between the two."""
-    if _is_fused(x):
+    if is_fused(x):
         total, *normed = torch.ops.chitu.gate_residual_norm(x, y, gate, weight, bias, eps, dtype)
         return total, _rows(*normed)
     total = gate_residual(x, y, gate)
@@ -65,7 +65,7 @@ def gate_residual_norm(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis, computed in fp32, in the dtype of x."""
-    if _is_fused(x):
+    if is_fused(x):
         return torch.ops.chitu.rms_norm(x, weight, eps)
     return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
 
@@ -80,7 +80,7 @@ def qk_norm_rope(
     """
     cos, sin = rope
     heads = (-1, 2 * cos.shape[-1])
-    if _is_fused(qkv):
+    if is_fused(qkv):
         q, k = torch.ops.chitu.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, eps)
         return q.unflatten(-1, heads), k.unflatten(-1, heads)
     width = (q_weight.shape[0],)
@@ -106,7 +106,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def quantise(x: Tensor, gelu: bool = False) -> Quantised:
     """Rows of x [..., d] as fp8, each scaled by its largest absolute value; with `gelu`, GELU (tanh) of x."""
-    if _is_fused(x):
+    if is_fused(x):
         return Quantised(*torch.ops.chitu.quantise(x, gelu))
     x = x.float()
     return quantise_rows(F.gelu(x, approximate="tanh") if gelu else x)
@@ -120,7 +120,8 @@ def quantise_rows(x: Tensor) -> Quantised:
     return Quantised(values.view(x.shape), largest / FP8_MAX)
 
 
-def _is_fused(x: Tensor) -> bool:
+def is_fused(x: Tensor) -> bool:
+    """Whether an operation on x is its kernel; the eager form otherwise."""
     return HAS_TRITON and x.is_cuda
 
 
