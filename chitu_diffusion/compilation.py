@@ -53,7 +53,7 @@ def choose_block_call(mode: str, mesh: ParallelMesh) -> BlockCall:
     """How blocks are called under `infer.compile`: compiled for `on`, else as they are written.
 
     NOTE `auto` is eager: blocks are made of fused operations already, and compiling them gained 0.1 % on an
-    H100 (docs/compilation.md). Raises ValueError where `on` cannot apply.
+    H100 (docs/speed.md). Raises ValueError where `on` cannot apply.
     """
     if mode != "on":
         return WanBlock.__call__

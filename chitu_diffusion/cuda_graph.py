@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chitu_core.config import InferConfig
 from chitu_core.distributed import ParallelMesh
-from chitu_diffusion.models.wan import TextCache, WanConfig, WanDiT
+from chitu_diffusion.models.wan import TextCache, WanDiT
 from chitu_diffusion.sequence import SequenceShard
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 Forward = Callable[..., Tensor]  # (network, latent, t, text, shard=) -> velocity
 
 GRAPHS_KEPT = 4  # sizes and experts; each graph holds the memory of its activations
-LAUNCH_BOUND_FLOPS = 1e12  # a block below this is over before the next one is launched: docs/compilation.md
+LAUNCH_BOUND_FLOPS = 1e12  # a block below this is over before the next one is launched: docs/speed.md
 _WARM_UPS = 2  # forwards before recording: kernels are compiled and libraries take their workspace
 
 
@@ -43,7 +43,7 @@ class GraphedForward:
     ) -> Tensor:
         """See `plain_forward`."""
         tokens = latent[0, 0].numel() // (dit.config.patch_size[1] * dit.config.patch_size[2])
-        if not (self._is_required or block_flops(dit.config, tokens) < LAUNCH_BOUND_FLOPS):
+        if not (self._is_required or sum(dit.config.block_flops(tokens)) < LAUNCH_BOUND_FLOPS):
             return plain_forward(dit, latent, t, text, shard=shard)
         key = (dit, latent.shape, len(text.layers), text.layers[0][0].shape)
         if key not in self._graphs:
@@ -92,12 +92,6 @@ class _Graph:
         torch._foreach_copy_(self._inputs, [latent, t, *_tensors(text)])
         self._graph.replay()
         return self._output.clone()
-
-
-def block_flops(size: WanConfig, tokens: int) -> float:
-    """Operations of one block over `tokens` tokens: linear layers, self-attention, cross-attention."""
-    linear = 2 * tokens * (6 * size.dim**2 + 2 * size.dim * size.ffn_dim)
-    return linear + 4 * tokens * (tokens + size.text_len) * size.dim
 
 
 def _tensors(text: TextCache) -> Iterator[Tensor]:

@@ -71,7 +71,7 @@ class Pipeline:
     def approximations(self, total: int) -> tuple[str, ...]:
         """What a run of `total` steps approximates, in words for its record."""
         quantised = () if self.quant is None else (f"linear layers: {self.quant}",)
-        vae = () if self.vae.dtype == torch.float32 else (f"VAE in {_name(self.vae.dtype)}",)
+        vae = () if self.vae.dtype == torch.float32 else (f"VAE in {dtype_name(self.vae.dtype)}",)
         return (*self.attention.approximations(total), *quantised, *vae)
 
 
@@ -265,7 +265,8 @@ def _yaml_sizes(model: ModelConfig) -> Sizes:
     return Sizes(encoder, vae, {expert.name: dit for expert in experts_of(model.sampler)})
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16, and so on."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -71,9 +71,8 @@ def check_quantisation(device: torch.device, dtype: torch.dtype, size: WanConfig
 def quantise_layers(dit: WanDiT, uses_fast_accumulation: bool) -> None:
     """Put fp8 layers into a network on the meta device; its loader then fills them."""
     kept = kept_blocks(len(dit.blocks))
-    for index, block in enumerate(dit.block_list()):
-        if index in kept:
-            continue
+    inner = [index for index in range(len(dit.blocks)) if index not in kept]
+    for block in (dit.block_list()[index] for index in inner):
         for name in QUANTISED:
             owner_name, _, leaf = name.rpartition(".")
             owner, linear = block.get_submodule(owner_name), block.get_submodule(name)
@@ -83,8 +82,8 @@ def quantise_layers(dit: WanDiT, uses_fast_accumulation: bool) -> None:
     logger.info(
         "quant=fp8: %s of blocks %d to %d; %.0f %% of the blocks' linear FLOPs stay as they are (%s)",
         ", ".join(QUANTISED),
-        min(set(range(len(dit.blocks))) - kept),
-        max(set(range(len(dit.blocks))) - kept),
+        inner[0],
+        inner[-1],
         100 * kept_share(dit.config),
         "; ".join(f"{kept.layers}: {kept.reason}" for kept in KEPT),
     )

@@ -7,7 +7,7 @@ import torch
 
 from chitu_core import __version__, memory
 from chitu_core.distributed import ParallelMesh
-from chitu_diffusion.prepare import Pipeline
+from chitu_diffusion.prepare import Pipeline, dtype_name
 from chitu_diffusion.result import TaskResult
 from chitu_diffusion.task import DiffusionTask
 
@@ -49,7 +49,7 @@ def result_of(
         experts=tuple(dict.fromkeys(used)),
         attention=pipeline.attention.name,
         cross_attention=pipeline.attention.cross_name,
-        dtype=str(pipeline.dtype).removeprefix("torch."),
+        dtype=dtype_name(pipeline.dtype),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         flexcache=None,
         quant=pipeline.quant,

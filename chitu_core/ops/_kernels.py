@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FP8_MAX = tl.constexpr(448.0)  # the largest float8_e4m3fn
-AMAX_FLOOR = tl.constexpr(1e-12)  # a row of zeros gets a scale that divides
+from chitu_core.ops import rows as definitions
+from chitu_core.ops.rows import FP8, scales_of
+
+FP8_MAX = tl.constexpr(definitions.FP8_MAX)
+AMAX_FLOOR = tl.constexpr(definitions.AMAX_FLOOR)
 
 
 @triton.jit
@@ -136,7 +139,7 @@ def layer_norm(
     rows, width, x = x.numel() // x.shape[-1], x.shape[-1], x.contiguous()
     out, scales = _outputs(x, dtype)
     layer_norm_kernel[(rows,)](
-        x, weight, bias, out, scales, width, eps, **_blocks(width), QUANTISE=_is_fp8(dtype)
+        x, weight, bias, out, scales, width, eps, **_blocks(width), QUANTISE=dtype == FP8
     )
     return out, scales
 
@@ -167,7 +170,7 @@ def gate_residual_norm(
     out, scales = _outputs(x, dtype)
     gate_residual_kernel[(rows,)](
         x, y, x if gate is None else gate, weight, bias, total, out, scales, width, eps,
-        **_blocks(width), HAS_GATE=gate is not None, HAS_NORM=True, QUANTISE=_is_fp8(dtype),
+        **_blocks(width), HAS_GATE=gate is not None, HAS_NORM=True, QUANTISE=dtype == FP8,
     )  # fmt: skip
     return total, out, scales
 
@@ -200,7 +203,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def quantise(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """Rows of x [..., d], through GELU or not, as float8_e4m3fn and their scales [rows, 1]."""
     rows, width, x = x.numel() // x.shape[-1], x.shape[-1], x.contiguous()
-    out, scales = _outputs(x, torch.float8_e4m3fn)
+    out, scales = _outputs(x, FP8)
     whole = triton.next_power_of_2(width)
     block = whole if whole == width else whole // 2
     tail = triton.next_power_of_2(width - block) if width > block else 0
@@ -210,13 +213,8 @@ def quantise(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-def _is_fp8(dtype: torch.dtype) -> bool:
-    return dtype == torch.float8_e4m3fn
-
-
 def _outputs(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1] if _is_fp8(dtype) else 0
-    return torch.empty_like(x, dtype=dtype), x.new_empty(rows, 1, dtype=torch.float32)
+    return torch.empty_like(x, dtype=dtype), scales_of(x, dtype)
 
 
 def _blocks(width: int) -> dict[str, int]:

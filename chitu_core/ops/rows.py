@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # its largest value
-_AMAX_FLOOR = 1e-12  # a row of zeros gets a scale that divides
+AMAX_FLOOR = 1e-12  # a row of zeros gets a scale that divides
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -115,7 +115,7 @@ def quantise(x: Tensor, gelu: bool = False) -> Quantised:
 def quantise_rows(x: Tensor) -> Quantised:
     """The definition of `quantise`: row * 448 / max(|row|), to nearest even; scale max(|row|) / 448."""
     rows = x.float().reshape(-1, x.shape[-1])
-    largest = rows.abs().amax(-1, keepdim=True).clamp_min(_AMAX_FLOOR)
+    largest = rows.abs().amax(-1, keepdim=True).clamp_min(AMAX_FLOOR)
     values = (rows * (FP8_MAX / largest)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
     return Quantised(values.view(x.shape), largest / FP8_MAX)
 
@@ -138,7 +138,7 @@ def _kernels() -> Any:
     return importlib.import_module("chitu_core.ops._kernels")
 
 
-def _scales_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+def scales_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty tensor stands for no scales: operators return tensors only."""
     return x.new_empty(x.numel() // x.shape[-1] if dtype == FP8 else 0, 1, dtype=torch.float32)
 
@@ -152,7 +152,7 @@ def _layer_norm(
 
 @_layer_norm.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), _scales_of(x, dtype)
+    return x.new_empty(x.shape, dtype=dtype), scales_of(x, dtype)
 
 
 @torch.library.custom_op("chitu::gate_residual", mutates_args=(), device_types="cuda")
@@ -188,7 +188,7 @@ def _(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), _scales_of(x, dtype)
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), scales_of(x, dtype)
 
 
 @torch.library.custom_op("chitu::rms_norm", mutates_args=(), device_types="cuda")
@@ -234,4 +234,4 @@ def _quantise(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
 
 @_quantise.register_fake
 def _(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=FP8), _scales_of(x, FP8)
+    return x.new_empty(x.shape, dtype=FP8), scales_of(x, FP8)

@@ -80,12 +80,12 @@ class DitFloor:
 
 def dit_work(size: WanConfig, tokens: int) -> DitWork:
     """Work of one forward, one branch of one step, of `tokens` video tokens."""
-    width, ffn, layers = size.dim, size.ffn_dim, size.num_layers
+    layers, block = size.num_layers, size.block_flops(tokens)
     return DitWork(
-        self_attention_flops=4 * tokens**2 * width * layers,
-        linear_flops=2 * tokens * (6 * width**2 + 2 * width * ffn) * layers,  # q k v o, and q o of the text
-        cross_attention_flops=4 * tokens * size.text_len * width * layers,
-        elementwise_bytes=BYTES_PER_CHANNEL * width * tokens * layers,
+        self_attention_flops=layers * block.self_attention,
+        linear_flops=layers * block.linear,
+        cross_attention_flops=layers * block.cross_attention,
+        elementwise_bytes=BYTES_PER_CHANNEL * size.dim * tokens * layers,
     )
 
 

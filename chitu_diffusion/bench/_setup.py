@@ -24,6 +24,7 @@ from chitu_core.config import Config, ModelConfig, load
 from chitu_core.environment import Environment
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.params import DiffusionUserParams
+from chitu_diffusion.prepare import dtype_name
 from chitu_diffusion.resolve import ResolvedParams, resolve
 from chitu_diffusion.task import TaskPool
 
@@ -183,7 +184,7 @@ def heading(
         "environment": machine(subject.device, command(options, verb, declare)),
         "model": config.models.name,
         "size": size,
-        "dtype": word(subject.dtype),
+        "dtype": dtype_name(subject.dtype),
         "weights": "random" if is_random else checkpoint or "packaged",
         "overrides": tuple(options.words),
     }
@@ -250,8 +251,3 @@ def say(line: str) -> None:
     """A line of the report on standard output, at once."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-
-
-def word(dtype: torch.dtype) -> str:
-    """bfloat16, and so on."""
-    return str(dtype).removeprefix("torch.")

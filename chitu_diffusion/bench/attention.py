@@ -23,9 +23,8 @@ from chitu_diffusion.bench._setup import (
     make_folder,
     resolved,
     size_name,
-    word,
 )
-from chitu_diffusion.prepare import pick_device, pick_dtype
+from chitu_diffusion.prepare import dtype_name, pick_device, pick_dtype
 from chitu_diffusion.spec import ModelSpec
 
 _VAE_STRIDE = (4, 8, 8)  # pixels of (frames, rows, columns) to a latent
@@ -86,7 +85,9 @@ def run(options: argparse.Namespace) -> int:
     dtype = pick_dtype(config.infer.dtype, device)
     ratio = config.infer.attn_config.sparsity_ratio
     where = machine(device, command(options, "attention", add_arguments))
-    sys.stdout.write(f"{config.models.name} {size}, {word(dtype)}, {options.repeats} calls, {where.device}\n")
+    sys.stdout.write(
+        f"{config.models.name} {size}, {dtype_name(dtype)}, {options.repeats} calls, {where.device}\n"
+    )
     tables = []
     for shape in shapes:
         sys.stdout.write(f"\n{shape}\n{HEADER}\n")
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
         environment=where,
         model=config.models.name,
         size=size,
-        dtype=word(dtype),
+        dtype=dtype_name(dtype),
         seed=SEED,
         warm_up=WARM_UP,
         repeats=options.repeats,

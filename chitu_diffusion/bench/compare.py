@@ -29,7 +29,6 @@ from chitu_diffusion.bench._setup import (
     make_folder,
     say,
     video_of,
-    word,
     write_report,
 )
 from chitu_diffusion.bench._work import (
@@ -42,7 +41,7 @@ from chitu_diffusion.bench._work import (
 )
 from chitu_diffusion.bench.e2e import WARM_UP_STEPS, add_request, generate, request_of
 from chitu_diffusion.engine import Engine
-from chitu_diffusion.prepare import pick_device, pick_dtype, survey
+from chitu_diffusion.prepare import dtype_name, pick_device, pick_dtype, survey
 from chitu_diffusion.spec import ModelSpec, experts_of
 
 _WORKS = {"dit": dit_forward, "vae": vae_decode}
@@ -118,14 +117,14 @@ def run(options: argparse.Namespace) -> int:
     where the peer is not installed."""
     plan = _plan(options)
     make_folder(options)
-    where = f"{word(plan.subject.dtype)}, {plan.subject.device.type}"
+    where = f"{dtype_name(plan.subject.dtype)}, {plan.subject.device.type}"
     say(f"{plan.subject.config.models.name} {plan.video.name}, {where}, {options.rounds} rounds in turn")
     parts = tuple(_compare(plan, what) for what in plan.parts)
     has_peer = bool(plan.modes)
     report = CompareReport(
         **heading(options, "compare", add_arguments, plan.video.name, plan.subject),
         peer=f"diffusers {peer.version()}" if has_peer else None,
-        peer_dtype=word(peer.peer_dtype(plan.subject.device)) if has_peer else None,
+        peer_dtype=dtype_name(peer.peer_dtype(plan.subject.device)) if has_peer else None,
         rounds=options.rounds,
         forwards=options.forwards,
         steps=plan.steps,
@@ -248,7 +247,7 @@ def _peer_works(plan: _Plan, what: str) -> Iterable[Side]:
     before = held_gib(device)
     if what == "vae":
         dtype = torch.float32 if plan.options.vae_fp32 else peer.peer_dtype(device)
-        calls: dict[str, Callable[[], object]] = {word(dtype): peer.decode(plan.sizes, device, dtype)}
+        calls: dict[str, Callable[[], object]] = {dtype_name(dtype): peer.decode(plan.sizes, device, dtype)}
     else:
         calls = peer.forwards(plan.sizes, device, plan.modes)
     held = _more(before, device)

@@ -18,7 +18,6 @@ from chitu_diffusion.bench._setup import (
     heading,
     make_folder,
     say,
-    word,
     write_report,
 )
 from chitu_diffusion.bench._work import (
@@ -32,7 +31,7 @@ from chitu_diffusion.bench._work import (
     relative_error,
     vae_encode,
 )
-from chitu_diffusion.prepare import Pipeline
+from chitu_diffusion.prepare import Pipeline, dtype_name
 from chitu_diffusion.vaes.wan import WanVAE
 
 
@@ -83,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     encode = None if works.encode is None else measure(works.encode, device, options.repeats)
     report = VaeReport(
         **heading(options, "vae", add_arguments, opened.video.name, opened.subject),
-        vae_dtype=word(works.vae.conv2.weight.dtype),
+        vae_dtype=dtype_name(works.vae.conv2.weight.dtype),
         vae_chunk=works.chunk,
         latent_shape=tuple(works.latents.shape),
         decode=decode,

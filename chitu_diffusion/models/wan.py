@@ -9,7 +9,7 @@ and the operation before it gives that. It knows no device, no rank and no cache
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from einops import rearrange
@@ -43,6 +43,24 @@ class WanConfig:
     out_dim: int
     patch_size: tuple[int, int, int]
     eps: float
+
+    def block_flops(self, tokens: int) -> "BlockFlops":
+        """Operations of one block over `tokens` video tokens, the text's keys and values made before."""
+        return BlockFlops(
+            linear=2
+            * tokens
+            * (6 * self.dim**2 + 2 * self.dim * self.ffn_dim),  # q k v o, and q o of the text
+            self_attention=4 * tokens**2 * self.dim,
+            cross_attention=4 * tokens * self.text_len * self.dim,
+        )
+
+
+class BlockFlops(NamedTuple):
+    """Multiplications and additions, two a pair."""
+
+    linear: int
+    self_attention: int
+    cross_attention: int
 
 
 @dataclass(frozen=True)
