@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from tqdm import tqdm
 
-from chitu_core import launch
+from chitu_core import launch, plugins
 from chitu_core import logging as chitu_logging
 from chitu_core.config import load
 from chitu_core.distributed import RankFailure
@@ -28,7 +28,8 @@ from chitu_diffusion.doctor import report
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.eval.manager import check_types
 from chitu_diffusion.outputs import check_writable
-from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskPool
+from chitu_diffusion.params import STRATEGY_PACKAGE
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, FlexCacheParams, TaskPool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, metavar="N", help="drawn, and reported, when left out")
     generate.add_argument("--solver", metavar="NAME", help="unipc, dpm++ or euler")
+    _add_reuse(generate)
     generate.add_argument("--fps", type=float, metavar="F", help="of the file; the model's own when left out")
     generate.add_argument("--output", metavar="FILE", help="path of the video; a run directory when left out")
     generate.add_argument(
@@ -90,6 +92,18 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the report as JSON")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_reuse(generate: argparse.ArgumentParser) -> None:
+    """Options of a cache strategy; they turn infer.diffusion.enable_flexcache on."""
+    generate.add_argument(
+        "--flexcache", metavar="NAME", help=f"reuse features: {', '.join(plugins.names(STRATEGY_PACKAGE))}"
+    )
+    generate.add_argument(
+        "--cache-ratio", type=float, metavar="R", help="0 quality first to 1 speed first; 0.5"
+    )
+    generate.add_argument("--warmup", type=int, metavar="N", help="first steps, always computed; 5")
+    generate.add_argument("--cooldown", type=int, metavar="N", help="last steps, always computed; 5")
 
 
 def _add_benches(bench: argparse.ArgumentParser) -> None:
@@ -174,7 +188,30 @@ def _prompts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
             raise ValueError(f"{word!r} is not a Hydra override (key=value); put the prompt into quotes")
     chosen = {"models": options.model, "models.ckpt_dir": options.ckpt_dir}
     flags = [f"{key}={_quoted(value)}" for key, value in chosen.items() if value is not None]
-    return prompts, [*flags, *words]
+    return prompts, [*flags, *_reuse_flags(options), *words]
+
+
+def _reuse_flags(options: argparse.Namespace) -> list[str]:
+    """What `--flexcache` means for the configuration; an override that follows wins."""
+    asked = _flexcache(options)
+    if asked is None or asked.strategy is None:
+        return []
+    # DiTango reuses groups of ranks that Ulysses must divide
+    fitting = ["infer.diffusion.up_limit=2"] if asked.strategy == "ditango" else []
+    return ["infer.diffusion.enable_flexcache=true", *fitting]
+
+
+def _flexcache(options: argparse.Namespace) -> FlexCacheParams | None:
+    """The reuse that the options ask for. Raises ValueError for settings without a strategy."""
+    given = {name: vars(options)[name] for name in ("cache_ratio", "warmup", "cooldown")}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if options.flexcache is None:
+        for name, value in settings.items():
+            raise ValueError(
+                f"--{name.replace('_', '-')}={value} needs a strategy; name one with --flexcache"
+            )
+        return None
+    return FlexCacheParams(options.flexcache, **settings)
 
 
 def _quoted(value: str) -> str:
@@ -196,6 +233,7 @@ def _user_params(options: argparse.Namespace, prompt: str) -> DiffusionUserParam
         sample_solver=options.solver or "unipc",
         fps=options.fps,
         save_path=options.output,
+        flexcache_params=_flexcache(options),
     )
 
 

@@ -19,12 +19,21 @@ from chitu_core.config import Config
 from chitu_core.distributed import Degrees, RankFailure, open_mesh, plan_degrees
 from chitu_core.environment import Environment
 from chitu_diffusion.attention_plan import AttentionPlan, plan_attention
+from chitu_diffusion.cache_plan import CachePlan
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.guidance import needs_cfg
 from chitu_diffusion.ledger import Ledger
 from chitu_diffusion.orders import Orders, Report, Run
 from chitu_diffusion.outputs import RequestRecord
-from chitu_diffusion.prepare import Pipeline, Survey, build_pipeline, pick_device, pick_dtype, survey
+from chitu_diffusion.prepare import (
+    Pipeline,
+    Survey,
+    build_pipeline,
+    pick_device,
+    pick_dtype,
+    spec_of,
+    survey,
+)
 from chitu_diffusion.run_folder import RunFolder
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.stage_log import StageLog
@@ -57,7 +66,6 @@ class Engine:
         """
         self.config = config
         self.pool = pool
-        self.scheduler = DiffusionScheduler(config.infer.schedule_policy, config.infer.max_reqs)
         local = (environment.local_rank, environment.local_world_size)
         self.device = pick_device(config.infer.op_impl, *local)
         self.dtype = pick_dtype(config.dtype, self.device)
@@ -68,6 +76,8 @@ class Engine:
             found = survey(config, self.device, self.dtype)
             degrees = _plan(config, found, environment)
             attention = plan_attention(config.infer, found.place, found.sizes.dit.num_layers, degrees.ring)
+            spec, dtype = spec_of(config, found.sizes), found.place.dtype
+            cache_plan = CachePlan(config, spec, found.sizes.dit, degrees, dtype)
             self.mesh = open_mesh(degrees, environment, self.device)
             undo.callback(self.mesh.close)
             self.channel = self.mesh.channel()
@@ -75,8 +85,10 @@ class Engine:
             pipeline = self._build(found, attention)
             undo.pop_all()
         self.log = StageLog(environment, config.output.enable_timer_dump, is_quiet=not self.mesh.is_leader)
-        self.ledger = Ledger(pool, self.mesh, config, self.log)
-        generator = Generator(pipeline, config, self.mesh, self.folder, self.device)
+        infer = config.infer
+        self.scheduler = DiffusionScheduler(infer.schedule_policy, infer.max_reqs, cache_plan.limit_bytes)
+        self.ledger = Ledger(pool, self.mesh, config, cache_plan, self.log)
+        generator = Generator(pipeline, config, self.mesh, self.folder, self.device, cache_plan=cache_plan)
         self._warm_up(generator)
         self.generator: Generator | None = generator
         self._is_amid_step = False

@@ -5,7 +5,7 @@ All ranks of a replica take the same steps; its leader alone writes.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,17 @@ from chitu_core import memory, plugins
 from chitu_core.config import Config
 from chitu_core.distributed import ParallelMesh
 from chitu_core.timing import Timer
-from chitu_diffusion.guidance import branches_of, guided_velocity, needs_cfg
+from chitu_diffusion.cache_plan import CachePlan
+from chitu_diffusion.flex_cache._base import Services
+from chitu_diffusion.flex_cache._picture import write
+from chitu_diffusion.guidance import branches_of, guided_prediction, guided_velocity, needs_cfg
 from chitu_diffusion.media import WRITE_ERRORS, VideoWriter, to_pixels, write_json
 from chitu_diffusion.outputs import check_writable, video_stem
 from chitu_diffusion.params import SOLVERS
 from chitu_diffusion.prepare import Pipeline
-from chitu_diffusion.record import result_of
+from chitu_diffusion.record import cache_record, result_of
 from chitu_diffusion.resolve import ResolvedParams
+from chitu_diffusion.result import CacheRecord
 from chitu_diffusion.run_folder import RunFolder
 from chitu_diffusion.seam import Branch
 from chitu_diffusion.sequence import NO_SHARD
@@ -47,15 +51,19 @@ class Generator:
         mesh: ParallelMesh,
         folder: RunFolder,
         device: torch.device,
+        *,
+        cache_plan: CachePlan,
     ) -> None:
         self.pipeline = pipeline
         self.config = config
         self.mesh = mesh
         self.folder = folder
         self.device = device
+        self._cache_plan = cache_plan
+        self._agree = mesh.agreement()
         self._pair = mesh.branches()
         self._line = mesh.line()
-        self.timer = Timer(device, config.output.enable_timer_dump)
+        self.timer = Timer(self.device, config.output.enable_timer_dump)
         self._stages = {
             Stage.TextEncode: self.text_encode_step,
             Stage.Denoise: self.denoise_step,
@@ -99,7 +107,7 @@ class Generator:
         if any(needs_cfg(scale) for scale in scales):
             text = params.negative_prompt
             buffer.negative_embeddings = self._encode("negative_prompt", text, task, log, "uncond" in own)
-        self._start_denoise(task)
+        self._start_denoise(task, log)
         return Stage.Denoise
 
     def denoise_step(self, task: DiffusionTask, log: StageLog) -> Stage:
@@ -111,21 +119,26 @@ class Generator:
         params, buffer = _params(task), task.buffer
         with self.mesh.guard("denoising"):
             if buffer.sampler is None:  # of a task that was serialized: its history is lost
-                self._start_denoise(task)
+                self._start_denoise(task, log)
             assert buffer.sampler is not None
             assert buffer.latents is not None
             timestep = buffer.sampler.timesteps[buffer.current_step]
             expert = self.pipeline.spec.select_expert(timestep)
             dit, scale = self.pipeline.experts[expert.name], params.guidance_scale[expert.guidance_index]
             self.pipeline.attention.enter_step(dit, buffer.current_step, params.num_inference_steps)
-            velocity = guided_velocity(partial(self._predict, task), scale, self._pair)
-        buffer.latents = buffer.sampler.step(velocity, buffer.latents)
+            velocity = self._velocity(task, scale)
+        before = buffer.latents
+        buffer.latents = buffer.sampler.step(velocity, before)
+        if buffer.flexcache is not None:
+            buffer.flexcache.leave_step(before, buffer.latents, velocity)
         buffer.current_step += 1
         log.progress(task.task_id, buffer.current_step, params.num_inference_steps, timestep)
         if buffer.current_step < params.num_inference_steps:
             self._enter_expert(task)
             return Stage.Denoise
         self._check_finite(buffer.latents)
+        if buffer.flexcache is not None:
+            buffer.flexcache.forget()  # its memory is the decoder's now
         return Stage.VAEDecode
 
     def vae_decode_step(self, task: DiffusionTask, log: StageLog) -> None:
@@ -195,7 +208,7 @@ class Generator:
             task.warnings.append(remark)
         return self.pipeline.prompt_encoder.embed(tokens) if is_needed else None
 
-    def _start_denoise(self, task: DiffusionTask) -> None:
+    def _start_denoise(self, task: DiffusionTask, log: StageLog) -> None:
         """Draw the noise from the task's seed on the device and build the task's own sampler.
 
         Every rank draws the whole noise, so that it does not depend on how many there are.
@@ -212,6 +225,14 @@ class Generator:
         buffer.seed_g = torch.Generator(self.device).manual_seed(params.seed)
         buffer.latents = torch.randn(shape, generator=buffer.seed_g, device=self.device, dtype=torch.float32)
         buffer.timesteps = torch.tensor(buffer.sampler.timesteps, device=self.device)
+        services = Services(self._agree, self._time_signal, self.pipeline.attention.chosen)
+        cache = self._cache_plan.build(params, buffer.sampler, services, self.mesh.cp_index)
+        if cache is not None:
+            log.reuse(task.task_id, f"flexcache={cache.name} {params.knobs}")
+            for remark in cache.remarks():
+                log.warning(task.task_id, remark)
+                task.warnings.append(remark)
+        buffer.flexcache = cache
         self._enter_expert(task)
 
     def _enter_expert(self, task: DiffusionTask) -> None:
@@ -231,6 +252,20 @@ class Generator:
             buffer.text_caches[branch] = dit.encode_text(embeddings[None])
         logger.debug("task_id=%s | expert %s, guidance %s", task.task_id, expert.name, scale)
 
+    def _time_signal(self, expert: str, timesteps: Sequence[int]) -> Tensor:
+        """What the time modulates an expert's blocks with, [N, 6, d] fp32."""
+        return self.pipeline.experts[expert].time_signal(torch.tensor(timesteps, device=self.device))
+
+    def _velocity(self, task: DiffusionTask, scale: float) -> Tensor:
+        """The guided velocity of the present step, computed or reused."""
+        buffer, predict = task.buffer, partial(self._predict, task)
+        cache, latents = buffer.flexcache, buffer.latents
+        if cache is None:
+            return guided_velocity(predict, scale, self._pair)
+        assert latents is not None
+        cache.enter_step(buffer.current_step)
+        return cache.velocity(partial(guided_prediction, predict, scale, self._pair), latents)
+
     def _predict(self, task: DiffusionTask, branch: Branch) -> Tensor:
         """Velocity [C, T, h, w] fp32 of one branch at the task's present step."""
         buffer = task.buffer
@@ -239,7 +274,11 @@ class Generator:
         assert buffer.expert is not None
         dit, t = self.pipeline.experts[buffer.expert], buffer.timesteps[buffer.current_step]
         shard = self.pipeline.tokens or NO_SHARD
-        text = buffer.text_caches[branch]
+        text, cache = buffer.text_caches[branch], buffer.flexcache
+        if cache is not None and cache.sites:
+            cache.enter_branch(branch)
+            velocity: Tensor = dit(buffer.latents[None], t, text, shard=shard, around=cache)[0]
+            return velocity
         return self.pipeline.forward(dit, buffer.latents[None], t, text, shard=shard)[0]
 
     def _check_outputs(self, params: ResolvedParams) -> None:
@@ -278,10 +317,27 @@ class Generator:
             return
         seconds |= {"total": total}
         result = result_of(
-            task, self.pipeline, seconds, model=self.config.models.name, device=self.device, mesh=self.mesh
+            task,
+            self.pipeline,
+            seconds,
+            model=self.config.models.name,
+            device=self.device,
+            mesh=self.mesh,
+            flexcache=self._reuse_of(task),
         )
         write_json(Path(result.video_path).with_suffix(".json"), result)
         task.result = result  # not before the record is on disk: a task with a result has all its files
+
+    def _reuse_of(self, task: DiffusionTask) -> CacheRecord | None:
+        """What the task's cache did, and its pictures beside the video."""
+        cache, path = task.buffer.flexcache, task.buffer.save_path
+        if cache is None:
+            return None
+        assert path is not None
+        picture = cache.picture()
+        return cache_record(
+            _params(task), cache, () if picture is None else write(picture, Path(path).parent)
+        )
 
 
 def _params(task: DiffusionTask) -> ResolvedParams:

@@ -4,7 +4,7 @@ Two ranks may share the branches: each predicts one, and both get both. Nobody e
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,13 @@ from chitu_diffusion.seam import Branch
 Predict = Callable[[Branch], Tensor]
 
 BOTH: tuple[Branch, Branch] = ("cond", "uncond")  # in the order of the ranks that share them
+
+
+class Prediction(NamedTuple):
+    """Velocities of one step: of the conditional branch, and with guidance."""
+
+    guided: Tensor
+    cond: Tensor
 
 
 class Pair(Protocol):
@@ -39,8 +46,13 @@ def branches_of(scale: float, pair: Pair | None = None) -> tuple[Branch, ...]:
 
 def guided_velocity(predict: Predict, scale: float, pair: Pair | None = None) -> Tensor:
     """uncond + scale * (cond - uncond), in fp32; the conditional branch alone where guidance is off."""
+    return guided_prediction(predict, scale, pair).guided
+
+
+def guided_prediction(predict: Predict, scale: float, pair: Pair | None = None) -> Prediction:
+    """The same with the conditional branch, which every rank of a pair learns."""
     own = [predict(branch) for branch in branches_of(scale, pair)]
     if not needs_cfg(scale):
-        return own[0]
+        return Prediction(own[0], own[0])
     cond, uncond = own if pair is None else pair.both(own[0])
-    return torch.lerp(uncond, cond, scale)
+    return Prediction(torch.lerp(uncond, cond, scale), cond)

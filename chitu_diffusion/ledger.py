@@ -7,6 +7,7 @@ import time
 
 from chitu_core.config import Config
 from chitu_core.distributed import ParallelMesh
+from chitu_diffusion.cache_plan import CachePlan
 from chitu_diffusion.orders import Orders, Report, Run
 from chitu_diffusion.resolve import remarks, resolve
 from chitu_diffusion.result import TaskResult
@@ -16,6 +17,7 @@ from chitu_diffusion.task import (
     DiffusionTaskBuffer,
     DiffusionTaskStatus,
     DiffusionTaskType,
+    DiffusionUserParams,
     TaskPool,
 )
 
@@ -25,8 +27,11 @@ _ORPHAN = "rank 0 does not know this task; add it on rank 0, or on every rank al
 class Ledger:
     """The tasks of one engine; it alone changes a task's status."""
 
-    def __init__(self, pool: TaskPool, mesh: ParallelMesh, config: Config, log: StageLog) -> None:
+    def __init__(
+        self, pool: TaskPool, mesh: ParallelMesh, config: Config, cache_plan: CachePlan, log: StageLog
+    ) -> None:
         self.pool = pool
+        self.cache_plan = cache_plan
         self.mesh = mesh
         self.config = config
         self.log = log
@@ -50,13 +55,21 @@ class Ledger:
             raise ValueError(
                 f"init_image: {self.config.models.name} makes video from text alone; leave it out"
             )
-        task.params = resolve(task.req.params, self.config.models)
-        flexcache_is_enabled = self.config.infer.diffusion.enable_flexcache
-        cfg_size = self.mesh.degrees.cfg
-        for remark in remarks(task.params, self.config.models, flexcache_is_enabled, cfg_size):
+        self._complete(task, task.req.params)
+        params, plan = task.params, self.cache_plan
+        assert params is not None
+        found = remarks(params, self.config.models, plan.is_enabled, self.mesh.degrees.cfg)
+        for remark in (*found, *plan.remarks(params)):
             if self.mesh.rank == 0:
                 self.log.warning(task.task_id, remark)
             task.warnings.append(remark)
+        refusal = plan.refusal(params)
+        if refusal is not None:
+            self.finish(task, DiffusionTaskStatus.Failed, refusal)
+
+    def _complete(self, task: DiffusionTask, asked: DiffusionUserParams) -> None:
+        task.params = self.cache_plan.complete(resolve(asked, self.config.models))
+        task.cache_bytes = self.cache_plan.footprint(task.params)
 
     def accept(self, orders: Orders) -> None:
         """Bring this rank's pool to where rank 0's is."""
@@ -80,7 +93,7 @@ class Ledger:
             if run.task_id not in self.pool.pool:
                 self.pool.add(DiffusionTask(run.task_id, req=request))
             task = self.pool.pool[run.task_id]
-            task.params = resolve(request.params, self.config.models)  # a seed that was drawn is rank 0's
+            self._complete(task, request.params)  # a seed that was drawn is rank 0's
             # one that was serialized amid its run has its tensors on one rank: all begin it anew, alike
             task.task_type, task.buffer = DiffusionTaskType.TextEncode, DiffusionTaskBuffer()
         return self.pool.pool[run.task_id]

@@ -180,13 +180,18 @@ def write_json(path: Path, record: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8; the file at `path` is replaced at once, or stays when this raises OSError."""
-    temporary = path.with_name(f".text-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    """Write `text` as UTF-8; see `write_bytes`."""
+    # a lone surrogate (an argument that was not UTF-8) becomes \udcXX, which JSON reads back
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file; the one at `path` is replaced at once, or stays when this raises OSError."""
+    temporary = path.with_name(f".file-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with ExitStack() as undo:
         undo.callback(temporary.unlink, missing_ok=True)
         with temporary.open("xb") as file:
-            # a lone surrogate (an argument that was not UTF-8) becomes \udcXX, which JSON reads back
-            file.write(text.encode("utf-8", errors="backslashreplace"))
+            file.write(data)
             file.flush()
             _publish(file.fileno(), temporary, path)
         undo.pop_all()

@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-STRATEGIES = ("teacache", "pab", "ditango")
+from chitu_core import plugins
+from chitu_diffusion.flex_cache._base import FlexCache
+
+STRATEGY_PACKAGE = "chitu_diffusion.flex_cache.strategy"
 _NO_STRATEGY = frozenset({"", "none", "off", "disable", "disabled"})
 SOLVERS = {"unipc": "unipc", "dpm++": "dpmpp", "euler": "euler"}  # documented name: module in samplers/
 MAX_SEED = 2**63 - 1
@@ -32,14 +35,17 @@ def _is_int(value: object) -> bool:
 class FlexCacheParams:
     """A request to reuse features across denoising steps.
 
-    `cache_ratio` goes from 0 (quality first) to 1 (speed first); the first `warmup` and the last `cooldown`
-    steps are always computed. Raises ValueError for an unknown strategy or a value out of range.
+    `cache_ratio` goes from 0 (every step computed, no strategy built) over 0.5 (what the strategy's authors
+    recommend) to 1 (speed first); the first `warmup` and the last `cooldown` steps are always computed.
+    `extra` holds expert settings, which win over the ratio: the strategy's `Knobs`, or a dict of them.
+    Raises ValueError for an unknown strategy, an unknown setting or a value out of range.
     """
 
     strategy: str | None = None
     cache_ratio: float = 0.5
     warmup: int = 5
     cooldown: int = 5
+    extra: Any = None  # Knobs of the strategy
 
     def __post_init__(self) -> None:
         _require_legal(
@@ -47,13 +53,37 @@ class FlexCacheParams:
         )
         name = (self.strategy or "").strip().lower()
         object.__setattr__(self, "strategy", None if name in _NO_STRATEGY else name)
-        known = self.strategy is None or self.strategy in STRATEGIES
-        _require_legal(known, "strategy", self.strategy, f"choose one of {', '.join(STRATEGIES)}")
+        strategies = plugins.names(STRATEGY_PACKAGE)
+        known = self.strategy is None or self.strategy in strategies
+        _require_legal(known, "strategy", self.strategy, f"choose one of {', '.join(strategies)}")
         in_range = _is_number(self.cache_ratio) and 0 <= self.cache_ratio <= 1
         _require_legal(in_range, "cache_ratio", self.cache_ratio, "must lie in [0, 1]")
         for key in ("warmup", "cooldown"):
             value = getattr(self, key)
             _require_legal(_is_int(value) and value >= 0, key, value, "must be a whole number, 0 or more")
+        self._check_extra()
+
+    def _check_extra(self) -> None:
+        if self.extra is None:
+            return
+        _require_legal(self.strategy is not None, "extra", self.extra, "has no strategy that it is for")
+        _require_legal(self.cache_ratio > 0, "extra", self.extra, "has no effect at cache_ratio=0; raise it")
+        knobs = strategy_class(self.strategy or "").knobs_type
+        extra = self.extra
+        if isinstance(extra, Mapping):
+            legal = [part.name for part in fields(knobs)]
+            unknown = sorted(str(key) for key in extra if key not in legal)
+            _require_legal(not unknown, "extra", unknown, f"{self.strategy} knows {', '.join(legal)}")
+            extra = knobs(**extra)
+        remedy = f"must be Knobs of {self.strategy}, or a dict of their fields"
+        _require_legal(isinstance(extra, knobs), "extra", extra, remedy)
+        object.__setattr__(self, "extra", extra)
+
+
+def strategy_class(name: str) -> type[FlexCache]:
+    """The strategy of a name. Raises ValueError listing all names for an unknown one."""
+    found: type[FlexCache] = plugins.load(STRATEGY_PACKAGE, name, "Strategy", "strategy")
+    return found
 
 
 @dataclass(frozen=True)

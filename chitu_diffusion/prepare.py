@@ -184,16 +184,9 @@ def build_pipeline(
         expert.call_block = call_block
     for module in (encoder, vae, *experts.values()):
         module.eval().requires_grad_(False)
-    spec = ModelSpec(
-        experts_of(config.models.sampler),
-        sizes.vae.stride,
-        sizes.dit.patch_size,
-        sizes.vae.z_dim,
-        _text_len(sizes),
-    )
     prompt_encoder = PromptEncoder(tokenizer, encoder, device)
     return Pipeline(
-        spec=spec,
+        spec=spec_of(config, sizes),
         prompt_encoder=prompt_encoder,
         experts=experts,
         vae_chunk=pick_vae_chunk(config.infer.vae_chunk, device, vae_dtype),
@@ -204,6 +197,13 @@ def build_pipeline(
         dtype=dtype,
         tokens=tokens,
     )
+
+
+def spec_of(config: Config, sizes: Sizes) -> ModelSpec:
+    """The facts of a model that no tensor states."""
+    vae, dit = sizes.vae, sizes.dit
+    experts = experts_of(config.models.sampler)
+    return ModelSpec(experts, vae.stride, dit.patch_size, vae.z_dim, _text_len(sizes))
 
 
 def _stored(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:

@@ -7,8 +7,10 @@ import torch
 
 from chitu_core import __version__, memory
 from chitu_core.distributed import ParallelMesh
+from chitu_diffusion.flex_cache._base import FlexCache
 from chitu_diffusion.prepare import Pipeline, dtype_name
-from chitu_diffusion.result import TaskResult
+from chitu_diffusion.resolve import ResolvedParams
+from chitu_diffusion.result import CacheRecord, TaskResult
 from chitu_diffusion.task import DiffusionTask
 
 
@@ -20,6 +22,7 @@ def result_of(
     model: str,
     device: torch.device,
     mesh: ParallelMesh,
+    flexcache: CacheRecord | None,
 ) -> TaskResult:
     """The record of a task that has run to its end on `device`; `seconds` by stage."""
     params, buffer = task.params, task.buffer
@@ -51,12 +54,36 @@ def result_of(
         cross_attention=pipeline.attention.cross_name,
         dtype=dtype_name(pipeline.dtype),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        flexcache=None,
+        flexcache=flexcache,
         quant=pipeline.quant,
         parallel=asdict(mesh.degrees),
-        approximations=pipeline.approximations(params.num_inference_steps),
+        approximations=(*pipeline.approximations(params.num_inference_steps), *_reuse(flexcache)),
         warnings=tuple(task.warnings),
         seconds={stage: round(value, 4) for stage, value in seconds.items()},
         peak_memory=memory.peak(device),
         versions={"chitu-diffusion": __version__, "torch": torch.__version__},
     )
+
+
+def cache_record(params: ResolvedParams, cache: FlexCache, pictures: tuple[Path, ...]) -> CacheRecord:
+    """What the strategy of a task did."""
+    asked = params.flexcache
+    assert asked is not None
+    return CacheRecord(
+        strategy=cache.name,
+        cache_ratio=asked.cache_ratio,
+        warmup=asked.warmup,
+        cooldown=asked.cooldown,
+        knobs=asdict(params.knobs),
+        computed=dict(cache.tally.computed),
+        reused=dict(cache.tally.reused),
+        reused_steps=cache.tally.reused_steps,
+        peak_gb=round(cache.kept.peak_bytes / 1e9, 4),
+        pictures=tuple(str(path.absolute()) for path in pictures),
+    )
+
+
+def _reuse(flexcache: CacheRecord | None) -> tuple[str, ...]:
+    if flexcache is None or not flexcache.reused_steps:
+        return ()
+    return (f"flexcache: {flexcache.strategy} reused features in {flexcache.reused_steps} steps",)

@@ -5,6 +5,7 @@ After this no rank can disagree about a request, and the result can say exactly 
 
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 from chitu_core.config import ModelConfig
 from chitu_diffusion.guidance import needs_cfg
@@ -31,6 +32,7 @@ class ResolvedParams:
     save_path: str | None  # None: named after prompt, seed and steps
     flexcache: FlexCacheParams | None
     priority: int
+    knobs: Any = None  # every setting of the cache strategy, filled in by CachePlan; None: none is built
 
 
 def resolve(params: DiffusionUserParams, model: ModelConfig) -> ResolvedParams:

@@ -7,6 +7,22 @@ from chitu_core.memory import MemoryPeak
 
 
 @dataclass(frozen=True)
+class CacheRecord:
+    """What a cache strategy did in one task, counted on the rank that wrote the video."""
+
+    strategy: str
+    cache_ratio: float
+    warmup: int
+    cooldown: int
+    knobs: dict[str, Any]  # every expert setting, as it was used
+    computed: dict[str, int]  # by kind of site, over steps, blocks and branches
+    reused: dict[str, int]
+    reused_steps: int  # steps in which anything was
+    peak_gb: float  # kept at most, in 10^9 bytes
+    pictures: tuple[str, ...]  # files of decisions by step
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """Every resolved parameter and every figure of one video; `chitu generate --json` prints it."""
 
@@ -33,7 +49,7 @@ class TaskResult:
     cross_attention: str
     dtype: str
     device: str
-    flexcache: str | None
+    flexcache: CacheRecord | None  # None: every step was computed
     quant: str | None  # of the transformer's linear layers
     parallel: dict[str, int]  # ranks by axis: dp, cfg, ring, ulysses
     approximations: tuple[str, ...]  # empty: every computation was exact
@@ -50,4 +66,7 @@ class TaskResult:
             key: tuple(value) if key in lists else value for key, value in record.items()
         }
         values["peak_memory"] = MemoryPeak(**record["peak_memory"])
+        cache = record["flexcache"]
+        if cache is not None:
+            values["flexcache"] = CacheRecord(**(cache | {"pictures": tuple(cache["pictures"])}))
         return cls(**values)

@@ -1,5 +1,6 @@
 """Which task takes the next step. A policy sees unfinished tasks, oldest first, and never a tensor."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskStatus, TaskPool
@@ -10,12 +11,13 @@ Choose = Callable[[Sequence[DiffusionTask]], DiffusionTask]
 class DiffusionScheduler:
     """Picks one task a step by `policy`: `fifo`, `priority`, `round_robin`; override `schedule` for another.
 
-    At most `max_reqs` tasks are begun and unfinished at once, so that memory for denoising state is bounded.
-    With data parallelism each replica is asked for by itself, with the tasks that it may run. Raises
-    ValueError for an unknown policy.
+    At most `max_reqs` tasks are begun and unfinished at once, so that memory for denoising state is
+    bounded. A task waits until its cache fits beside those of the begun ones, in `cache_limit` bytes. With
+    data parallelism each replica is asked for by itself, with the tasks that it may run. Raises ValueError
+    for an unknown policy.
     """
 
-    def __init__(self, policy: str = "fifo", max_reqs: int = 8) -> None:
+    def __init__(self, policy: str = "fifo", max_reqs: int = 8, cache_limit: float = math.inf) -> None:
         policies: dict[str, Choose] = {
             "fifo": lambda tasks: tasks[0],
             "priority": _highest_priority,
@@ -27,14 +29,17 @@ class DiffusionScheduler:
             )
         self.policy = policy
         self.max_reqs = max_reqs
+        self.cache_limit = cache_limit
         self._choose = policies[policy]
         self._last_role: str | None = None
 
     def schedule(self, pool: TaskPool) -> list[str]:
         """The id of the task to advance, in a list; an empty list when there is nothing to do."""
         tasks = pool.unfinished()
-        begun = sum(task.is_running() for task in tasks)
-        eligible = tasks if begun < self.max_reqs else [task for task in tasks if task.is_running()]
+        begun = [task for task in tasks if task.is_running()]
+        room = self.cache_limit - sum(task.cache_bytes for task in begun)
+        may_begin = len(begun) < self.max_reqs
+        eligible = [task for task in tasks if task.is_running() or (may_begin and task.cache_bytes <= room)]
         return [self._choose(eligible).task_id] if eligible else []
 
     def can_schedule(self, pool: TaskPool) -> bool:

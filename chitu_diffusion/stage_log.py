@@ -44,6 +44,10 @@ class StageLog:
         if self._perf:
             self._line("PERF", task_id, f"stage={self._paint(stage)} elapsed={milliseconds:.1f}ms")
 
+    def reuse(self, task_id: str, text: str) -> None:
+        """Which cache strategy a task has, with every setting."""
+        self._line("CACHE", task_id, text)
+
     def warning(self, task_id: str, text: str) -> None:
         """Something that the user should know."""
         if not self._is_quiet:

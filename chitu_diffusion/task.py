@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chitu_core.timing import Span
 from chitu_diffusion import serialization
+from chitu_diffusion.flex_cache._base import FlexCache
 from chitu_diffusion.params import DiffusionUserParams, FlexCacheParams
 from chitu_diffusion.resolve import ResolvedParams
 from chitu_diffusion.result import TaskResult
@@ -99,6 +100,7 @@ class DiffusionTaskBuffer:
     current_step: int = 0
     text_caches: dict[str, Any] = field(default_factory=dict)  # by branch, of the expert in `expert`
     expert: str | None = None
+    flexcache: FlexCache | None = None  # after the last step it keeps no tensor
     spans: list[tuple[str, Span]] = field(default_factory=list)  # (stage, interval)
     save_path: str | None = None
 
@@ -124,6 +126,7 @@ class DiffusionTask:
         self.status = DiffusionTaskStatus.Pending
         self.error_message: str | None = None
         self.params: ResolvedParams | None = None  # complete; set when the task enters an engine's pool
+        self.cache_bytes = 0  # that its cache may take on a rank, once the request is complete
         self.result: TaskResult | None = None
         self.warnings: list[str] = []
         self.cancel_requested = False

@@ -215,7 +215,13 @@ class DiffusionConfig:
     cp_size: int | str = _doc("ranks that share one sequence: auto (all that are left) or a number")
     up_limit: int = _doc("largest Ulysses degree inside context parallelism; what is left is a ring")
     low_mem_level: int = _doc("0 keeps every model on the device; other levels are not in this version")
-    enable_flexcache: bool = _doc("let requests reuse features across steps; not in this version")
+    enable_flexcache: bool = _doc("let requests reuse features across steps (docs/flexcache.md)")
+    flexcache_max_gb: float = _doc(
+        "GB, 10^9 bytes, that caches of all live requests may take on one rank; requests wait for room"
+    )
+    flexcache_calibration: str | None = _doc(
+        "YAML of chitu bench flexcache --calibrate for teacache and magcache; null takes the model's own"
+    )
 
     def __post_init__(self) -> None:
         for name in ("cfg_size", "cp_size"):
@@ -226,7 +232,10 @@ class DiffusionConfig:
         _require(holds, "infer.diffusion.cp_size", cp, "must be auto or a whole number, at least 1")
         _require(self.up_limit >= 1, "infer.diffusion.up_limit", self.up_limit, "must be at least 1")
         _only("infer.diffusion.low_mem_level", self.low_mem_level, 0)
-        _only("infer.diffusion.enable_flexcache", self.enable_flexcache, False)
+        most = self.flexcache_max_gb
+        _require(
+            math.isfinite(most) and most > 0, "infer.diffusion.flexcache_max_gb", most, "must be above 0"
+        )
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,25 @@ class Pair:
         return first, second
 
 
+class Agreement:
+    """One value for all ranks of a replica: the mean over those that share a sequence, of a pair the first's.
+
+    On one rank it is the value itself.
+    """
+
+    def __init__(self, cp: dist.ProcessGroup | None, pair: Pair | None) -> None:
+        self._cp = cp
+        self._pair = pair
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The agreed x, a new tensor where ranks took part."""
+        if self._cp is not None:
+            x = x.clone()
+            dist.all_reduce(x, group=self._cp)
+            x /= self._cp.size()
+        return x if self._pair is None else self._pair.both(x)[0]
+
+
 class TokenShard:
     """The part of a token sequence that one rank of a context-parallel group holds.
 

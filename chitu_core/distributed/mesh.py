@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported in fact
 
 from chitu_core.distributed.channel import RankChannel
-from chitu_core.distributed.collectives import Line, Pair, TokenShard
+from chitu_core.distributed.collectives import Agreement, Line, Pair, TokenShard
 from chitu_core.distributed.degrees import Degrees, Place
 from chitu_core.distributed.watchdog import Watchdog
 from chitu_core.environment import Environment
@@ -73,6 +73,15 @@ class ParallelMesh:
     def branches(self) -> Pair | None:
         """The two ranks that share the branches of guidance; None where one rank computes both."""
         return None if self.cfg is None else Pair(self.cfg)
+
+    def agreement(self) -> Agreement:
+        """What makes a number the same on all ranks of this replica."""
+        return Agreement(self.cp, self.branches())
+
+    @property
+    def cp_index(self) -> int:
+        """Which part of a sequence this rank holds."""
+        return self.place.ring * self.degrees.ulysses + self.place.ulysses
 
     def line(self) -> Line | None:
         """All ranks of this replica; None where there is one."""

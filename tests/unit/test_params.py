@@ -51,7 +51,10 @@ from chitu_diffusion.params import MAX_SEED, DiffusionUserParams, FlexCacheParam
         ({"size": (160,)}, r"size=\(160,\): must be \(width, height\)"),
         ({"size": (160, 96), "height": 64}, r"size=\(160, 96\): contradicts height=64; give one of them"),
         ({"frame_num": 5, "num_frames": 9}, r"frame_num=5: contradicts num_frames=9; give one of them"),
-        ({"flexcache": "magic"}, r"strategy='magic': choose one of teacache, pab, ditango"),
+        (
+            {"flexcache": "magic"},
+            r"strategy='magic': choose one of blockdance, dbcache, .*pab, taylorseer, teacache",
+        ),
         ({"flexcache": 3}, r"flexcache=3: must be text"),
         ({"flexcache_params": "pab"}, r"flexcache_params='pab': must be FlexCacheParams or a dict"),
         (

@@ -1,0 +1,1 @@
+"""The strategies: a module each, with `class Strategy` and typed `Knobs`. The folder is the list."""
