@@ -1,8 +1,11 @@
-"""How much memory a process holds, at most and now, and whether an error means that there was too little."""
+"""How much memory a process held at most, and may still have, and whether an error means too little."""
 
+import os
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -30,6 +33,78 @@ def peak(device: torch.device) -> MemoryPeak:
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
     on_device = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
     return MemoryPeak(round(host, 3), None if on_device is None else round(on_device, 3))
+
+
+def free_host_bytes(root: Path = Path("/")) -> int:
+    """Bytes that this process may still have on the host: of the machine, and of its control groups.
+
+    Memory that the kernel gives back on demand counts as free. `root` is where /proc and /sys are; without
+    /proc/meminfo, as on macOS, all physical memory counts.
+    """
+    limits = [_available(root), *(limit for group in _groups(root) for limit in _left_in(group))]
+    return max(0, min(limits))
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Bytes that this process may still have on a device; on a CPU those of the host.
+
+    On a GPU: what the driver has free and torch holds unused, within the process's share of the device
+    (`torch.cuda.set_per_process_memory_fraction`).
+    """
+    if device.type != "cuda":
+        return free_host_bytes()
+    free, total = torch.cuda.mem_get_info(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(free + reserved - allocated, share - allocated))
+
+
+def _available(root: Path) -> int:
+    file = root / "proc/meminfo"
+    if not file.is_file():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = dict(line.split(":", 1) for line in file.read_text("utf-8").splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024  # in kB, which are KiB
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Files of a control group: its limit, its use, and the key of `memory.stat` that can be given back."""
+
+    folder: Path
+    limit: str
+    usage: str
+    inactive: str
+
+
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def _groups(root: Path) -> Iterator[_Group]:
+    """The control groups of this process that count memory, of version 1 or 2, the innermost first."""
+    file = root / "proc/self/cgroup"
+    for line in file.read_text("utf-8").splitlines() if file.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, names = ("sys/fs/cgroup/memory", _V1) if controllers else ("sys/fs/cgroup", _V2)
+        inner = Path(path.lstrip("/"))
+        for part in (inner, *inner.parents):
+            yield _Group(root / base / part, *names)
+
+
+def _left_in(group: _Group) -> Iterator[int]:
+    """What a group's limit leaves; nothing where it has none, or where a container does not show it."""
+    limit, usage, stat = group.folder / group.limit, group.folder / group.usage, group.folder / "memory.stat"
+    if not (limit.is_file() and usage.is_file()):
+        return
+    text = limit.read_text("utf-8").strip()
+    if text == "max":
+        return
+    lines = stat.read_text("utf-8").splitlines() if stat.is_file() else []
+    given_back = dict(line.split() for line in lines).get(group.inactive, "0")
+    yield int(text) - int(usage.read_text("utf-8")) + int(given_back)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from chitu_core import launch, plugins
 from chitu_core import logging as chitu_logging
-from chitu_core.config import load
+from chitu_core.config import VideoSize, load
 from chitu_core.distributed import RankFailure
 from chitu_core.environment import Environment
 from chitu_diffusion import run_eval
@@ -29,6 +29,7 @@ from chitu_diffusion.engine import Engine
 from chitu_diffusion.eval.manager import check_types
 from chitu_diffusion.outputs import check_writable
 from chitu_diffusion.params import STRATEGY_PACKAGE
+from chitu_diffusion.plan_table import plan_table
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, FlexCacheParams, TaskPool
 
 
@@ -88,9 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("run", help="launch from a system_config.yaml", add_help=False)
     run_eval.add_arguments(verbs.add_parser("eval", help="score videos"))
     _add_benches(verbs.add_parser("bench", help="measure"))
-    doctor = verbs.add_parser("doctor", help="what this machine can do")
-    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
-    doctor.set_defaults(run=_doctor)
+    _add_doctor(verbs.add_parser("doctor", help="what this machine can do"))
     return parser
 
 
@@ -116,6 +115,17 @@ def _add_benches(bench: argparse.ArgumentParser) -> None:
         kind.set_defaults(run=module.run)
 
 
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument("--json", action="store_true", help="print the report as JSON")
+    doctor.add_argument(
+        "--plan",
+        nargs="+",
+        metavar=("MODEL WxHxF", "key=value"),
+        help="what a video takes at every infer.diffusion.low_mem_level; no checkpoint is needed",
+    )
+    doctor.set_defaults(run=_doctor)
+
+
 def _size(text: str) -> tuple[int, int]:
     width, cross, height = text.lower().partition("x")
     if not (cross and width.isdecimal() and height.isdecimal()):
@@ -129,8 +139,24 @@ def _guidance(text: str) -> float | tuple[float, ...]:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.plan is not None:
+        return _plan(options)
     found = report()
     sys.stdout.write((json.dumps(asdict(found), indent=2) if options.json else str(found)) + "\n")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    """Memory of one video by level. Raises ValueError for words that are not MODEL, WxHxF and overrides."""
+    if len(options.plan) < 2:
+        raise ValueError(f"--plan {options.plan[0]}: add the video, WIDTHxHEIGHTxFRAMES, such as 832x480x81")
+    model, size, *overrides = options.plan
+    video = VideoSize.parse(size, "--plan")
+    words = [f"models={_quoted(model)}", *overrides, "debug.skip_model_load=true"]
+    with initialize_config_module("chitu_core.config", version_base=None):
+        config = load(compose("serve_config", overrides=words))
+    table = plan_table(config, video)
+    sys.stdout.write((json.dumps(table.record(), indent=2) if options.json else str(table)) + "\n")
     return 0
 
 

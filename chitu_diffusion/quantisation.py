@@ -70,6 +70,19 @@ def check_quantisation(device: torch.device, dtype: torch.dtype, size: WanConfig
 
 def quantise_layers(dit: WanDiT, uses_fast_accumulation: bool) -> None:
     """Put fp8 layers into a network on the meta device; its loader then fills them."""
+    inner = put_fp8_layers(dit, uses_fast_accumulation)
+    logger.info(
+        "quant=fp8: %s of blocks %d to %d; %.0f %% of the blocks' linear FLOPs stay as they are (%s)",
+        ", ".join(QUANTISED),
+        inner[0],
+        inner[-1],
+        100 * kept_share(dit.config),
+        "; ".join(f"{kept.layers}: {kept.reason}" for kept in KEPT),
+    )
+
+
+def put_fp8_layers(dit: WanDiT, uses_fast_accumulation: bool = True) -> list[int]:
+    """The same without a word in the log; the indices of the blocks that now have them."""
     kept = kept_blocks(len(dit.blocks))
     inner = [index for index in range(len(dit.blocks)) if index not in kept]
     for block in (dit.block_list()[index] for index in inner):
@@ -79,11 +92,4 @@ def quantise_layers(dit: WanDiT, uses_fast_accumulation: bool) -> None:
             assert isinstance(linear, nn.Linear)
             made = Fp8Linear(linear.in_features, linear.out_features, uses_fast_accumulation)
             owner.register_module(leaf, made)
-    logger.info(
-        "quant=fp8: %s of blocks %d to %d; %.0f %% of the blocks' linear FLOPs stay as they are (%s)",
-        ", ".join(QUANTISED),
-        inner[0],
-        inner[-1],
-        100 * kept_share(dit.config),
-        "; ".join(f"{kept.layers}: {kept.reason}" for kept in KEPT),
-    )
+    return inner

@@ -294,6 +294,9 @@ class InferConfig:
     vae_chunk: int | str = _doc(
         "latent frames that the VAE takes at once: auto (2 in bfloat16 on CUDA, else 1) or a number"
     )
+    prompt_cache_mb: int = _doc(
+        "megabytes of the host that keep text embeddings of earlier prompts; 0 encodes every prompt anew"
+    )
     seed: int = _doc("of the random weights under debug.skip_model_load; a request has its own seed")
     max_reqs: int = _doc("tasks that may hold denoising state at once")
     schedule_policy: str = _doc("which task runs next: fifo, priority, round_robin (by role)")
@@ -315,6 +318,8 @@ class InferConfig:
         chunk = self.vae_chunk
         holds = chunk == "auto" or (isinstance(chunk, int) and chunk >= 1)
         _require(holds, "infer.vae_chunk", chunk, "must be auto or a whole number, at least 1")
+        cache = self.prompt_cache_mb
+        _require(cache >= 0, "infer.prompt_cache_mb", cache, "must be 0 or more")
         _require(self.max_reqs >= 1, "infer.max_reqs", self.max_reqs, "must be at least 1")
         policies = ", ".join(SCHEDULE_POLICIES)
         known = self.schedule_policy in SCHEDULE_POLICIES

@@ -39,6 +39,7 @@ LEGAL = {  # where the field's own text does not say it
     "infer.use_cuda_graph": "off, auto, on",
     "infer.vae_dtype": ", ".join(VAE_DTYPES),
     "infer.vae_chunk": "auto, 1 or more",
+    "infer.prompt_cache_mb": "0 or more",
     "infer.max_reqs": "1 or more",
     "infer.diffusion.up_limit": "1 or more",
     "eval.pairing": ", ".join(PAIRINGS),

@@ -116,14 +116,14 @@ class TokenShard:
         self.total = 0  # tokens of the sequence last split
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's part of x along `dim`, padded with zeros to the length of every other part."""
+        """This rank's part of x along `dim`, padded with zeros to the length of every other part; a copy."""
         self.total = x.shape[dim]
         length = -(-self.total // self._group.size())
         start = min(self._group.rank() * length, self.total)
         part = x.narrow(dim, start, min(length, self.total - start))
         missing = length - part.shape[dim]
         if missing == 0:
-            return part.contiguous()
+            return part.clone()  # a view would keep the whole alive through all blocks
         padding = list(part.shape)
         padding[dim] = missing
         return torch.cat((part, part.new_zeros(padding)), dim)

@@ -3,7 +3,7 @@
     python docs/benchmarks/flexcache_h100.py OUT.json [--steps 12] [--size 832x480] [--frames 81]
 
 Settings are such that every second step is reused, whatever the weights. A step is a step of the generator:
-both branches, guidance and sampler, by CUDA events. Waits of the host for the GPU are counted by torch's check.
+both branches, guidance and sampler, by CUDA events. Waits of the host are counted by torch's check.
 """
 
 import argparse

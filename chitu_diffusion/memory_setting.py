@@ -1,0 +1,127 @@
+"""What a launch fixes of the memory that its requests take, and what `infer.diffusion.low_mem_level` means.
+
+Levels are cumulative: 0 all on the device; 1 the VAE in tiles; 2 the text encoder on the device for encoding
+alone; 3 the blocks of one transformer, for denoising alone; 4 blocks of both pass through two buffers each.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from chitu_core.attention import Place
+from chitu_core.config import Config, VideoSize
+from chitu_core.distributed.degrees import Degrees
+from chitu_core.ops.conv import SHIFTED_WIDTHS
+from chitu_core.ops.fp8 import LOWEST_CAPABILITY
+from chitu_diffusion.footprint import Block, Weights, dit_weights, umt5_weights, vae_weights
+from chitu_diffusion.guidance import BOTH, needs_cfg
+
+if TYPE_CHECKING:
+    from chitu_diffusion.prepare import Sizes
+
+LEVELS = range(5)
+TILED, TEXT_ON_HOST, DIT_ON_HOST, STREAMED = 1, 2, 3, 4  # the level from which on
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a launch fixes: networks, formats, and how ranks share the work.
+
+    `branches` are those of guidance; `tasks` may be begun and unfinished at once; `local_ranks` processes
+    share this machine's memory; `stream_dtype` is how streamed blocks are stored (None: as they are
+    computed); `shifted_width` is that of `footprint.vae_peak_bytes`; `has_fp8` says that the device
+    multiplies in fp8.
+    """
+
+    sizes: "Sizes"
+    dtype: torch.dtype = torch.bfloat16
+    vae_dtype: torch.dtype = torch.float32
+    vae_chunk: int = 1
+    quant: str | None = None
+    stream_dtype: torch.dtype | None = None
+    branches: int = 2
+    steps: int = 50
+    tasks: int = 1
+    degrees: Degrees = field(default_factory=Degrees)
+    local_ranks: int = 1
+    tile_px: int = 256
+    tile_stride_px: int = 192
+    shifted_width: int = 0
+    has_fp8: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        sizes: "Sizes",
+        place: Place,
+        *,
+        vae_chunk: int,
+        degrees: Degrees | None = None,
+        local_ranks: int = 1,
+    ) -> "Setting":
+        """That of a configuration, for networks of `sizes` that run at `place`."""
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        scales = config.models.sampler.guidance_scale
+        return cls(
+            sizes=sizes,
+            dtype=place.dtype,
+            vae_dtype=dtypes[config.infer.vae_dtype],
+            vae_chunk=vae_chunk,
+            quant=config.quant,
+            branches=len(BOTH) if any(map(needs_cfg, scales)) else 1,
+            steps=config.models.sampler.sample_steps,
+            tasks=1 if config.infer.schedule_policy == "fifo" else config.infer.max_reqs,
+            degrees=degrees or Degrees(),
+            local_ranks=local_ranks,
+            shifted_width=0 if place.capability is None else SHIFTED_WIDTHS.get(place.capability, 0),
+            has_fp8=place.capability is None or place.capability >= LOWEST_CAPABILITY,
+        )
+
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """Of the text encoder, which overflows in float16."""
+        return torch.bfloat16 if self.dtype == torch.float16 else self.dtype
+
+    @property
+    def own_branches(self) -> int:
+        """Branches that one rank predicts."""
+        return -(-self.branches // self.degrees.cfg)
+
+    @cached_property
+    def text_encoder(self) -> Weights:
+        """Weights of the text encoder."""
+        return umt5_weights(self.sizes.encoder, self.text_dtype)
+
+    @cached_property
+    def transformer(self) -> Weights:
+        """Weights of one transformer; experts are alike."""
+        return dit_weights(self.sizes.dit, self.dtype, self.quant)
+
+    @cached_property
+    def vae(self) -> Weights:
+        """Weights of the VAE."""
+        return vae_weights(self.sizes.vae, self.vae_dtype)
+
+    def latent(self, video: VideoSize) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a video."""
+        period, step_h, step_w = self.sizes.vae.stride
+        return (video.num_frames - 1) // period + 1, video.height // step_h, video.width // step_w
+
+    def tokens(self, video: VideoSize) -> int:
+        """Tokens of a video, those of all ranks together."""
+        frames, rows, columns = self.latent(video)
+        patch_t, patch_h, patch_w = self.sizes.dit.patch_size
+        return (frames // patch_t) * (rows // patch_h) * (columns // patch_w)
+
+    def stored(self, block: Block) -> int:
+        """Host bytes of a streamed block of the transformer."""
+        return block.num_bytes if self.stream_dtype is None else block.stored
+
+    def travels(self, block: Block) -> int:
+        """Bytes of it that every step brings: what a text needs once is not among them."""
+        if self.stream_dtype is None:
+            return block.num_bytes - block.once
+        return block.stored - block.once_stored
