@@ -18,7 +18,7 @@ from chitu_core.ops.rows import is_fused
 # for 4 frames of 832x480: 1.73 ms against 2.59 with 96 channels, at half the size 1.72 against 1.48 with 192.
 SHIFTED_WIDTHS = {(9, 0): 128}
 _CHANNEL_STEP = 32  # channels that the kernel takes at a time
-_FEW = 3  # outputs for which there is another kernel: the last layer of a decoder, 20 TFLOP/s in cuDNN
+FEW = 3  # outputs for which there is another kernel: the last layer of a decoder, 20 TFLOP/s in cuDNN
 
 
 def rms_norm_silu(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
@@ -40,10 +40,15 @@ def rms_norm_silu(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
 
 def prefers_shifted(x: Tensor, dim_out: int) -> bool:
     """Whether `shifted_conv3d` is the faster way to convolve x [T, H, W, C] to `dim_out` channels."""
-    if not is_fused(x) or x.dtype not in (torch.bfloat16, torch.float16):
+    if not is_fused(x):
         return False
-    most, dim_in = SHIFTED_WIDTHS.get(torch.cuda.get_device_capability(x.device), 0), x.shape[-1]
-    is_whole = dim_in % _CHANNEL_STEP == 0 and (dim_out % _CHANNEL_STEP == 0 or dim_out <= _FEW)
+    return shifted_is_faster(torch.cuda.get_device_capability(x.device), x.dtype, x.shape[-1], dim_out)
+
+
+def shifted_is_faster(capability: tuple[int, int], dtype: torch.dtype, dim_in: int, dim_out: int) -> bool:
+    """The same by the numbers: of a GPU, and of channels."""
+    is_whole = dim_in % _CHANNEL_STEP == 0 and (dim_out % _CHANNEL_STEP == 0 or dim_out <= FEW)
+    most = SHIFTED_WIDTHS.get(capability, 0) if dtype in (torch.bfloat16, torch.float16) else 0
     return is_whole and max(dim_in, dim_out) <= most
 
 

@@ -7,9 +7,8 @@ A norm with its SiLU writes straight into the input of the convolution after it 
 Left out: the Wan2.2 TI2V autoencoder, the posterior's variance, training.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,6 +87,10 @@ class Stream:
         self.is_at_start = True
         self._past: dict[nn.Conv3d, Tensor] = {}
         self._weights: dict[nn.Module, Tensor] = {}
+
+    def window(self, layer: nn.Module, x: Tensor) -> Tensor:  # noqa: ARG002
+        """What of [T, H, W, C] a layer that changes the resolution is to work on: all of it."""
+        return x
 
     def remember(self, conv: nn.Conv3d, frames: Tensor) -> None:
         """Keep the last frames [T, H, W, C] that the next chunk's windows of `conv` reach back to."""
@@ -234,7 +237,7 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if is_temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = stream.run(self.resample, x)
+        x = stream.run(self.resample, stream.window(self, x))
         return x if self.time_conv is None else self._halve_frames(self.time_conv, x, stream)
 
     def _halve_frames(self, conv: nn.Conv3d, x: Tensor, stream: Stream) -> Tensor:
@@ -256,6 +259,7 @@ class Upsample(nn.Module):
         self.time_conv = nn.Conv3d(dim, 2 * dim, (3, 1, 1)) if is_temporal else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = stream.window(self, x)
         if self.time_conv is not None:
             x = self._double_frames(self.time_conv, x, stream)
         conv = self.resample[1]
@@ -282,8 +286,28 @@ def head(dim_in: int, dim_out: int) -> nn.Sequential:
     return nn.Sequential(RMSNorm(dim_in), nn.SiLU(), nn.Conv3d(dim_in, dim_out, 3))
 
 
+def index_of(layers: Iterable[nn.Module], kind: type[nn.Module]) -> list[int]:
+    """Where the layers of one kind are."""
+    return [index for index, layer in enumerate(layers) if isinstance(layer, kind)]
+
+
+def apply(layers: Iterable[nn.Module], x: Tensor, stream: Stream) -> Tensor:
+    """Apply blocks, convolutions and sequences to [T, H, W, C] in order."""
+    for layer in layers:
+        if isinstance(layer, nn.Conv3d):
+            x = stream.conv3d(layer, x)
+        elif isinstance(layer, nn.Sequential):
+            x = stream.run(layer, x)
+        else:
+            x = layer(x, stream)
+    return x
+
+
 class Encoder(nn.Module):
-    """Frames [F, H, W, 3] to moments [T, H/8, W/8, 2 z]."""
+    """Frames [F, H, W, 3] to moments [T, H/8, W/8, 2 z].
+
+    `fine` layers come first, down to the size of the latent; `coarse` ones, with attention, stay there.
+    """
 
     def __init__(self, config: WanVAEConfig) -> None:
         super().__init__()
@@ -298,16 +322,19 @@ class Encoder(nn.Module):
                 self.downsamples.append(Downsample(dim, config.temporal_downsample[level]))
         self.middle = middle(dim)
         self.head = head(dim, 2 * config.z_dim)
+        first = 1 + max(index_of(self.downsamples, Downsample), default=-1)  # of those at the latent's size
+        self.fine = (self.conv1, *list(self.downsamples)[:first])
+        self.coarse = (*list(self.downsamples)[first:], *self.middle, self.head)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = stream.conv3d(self.conv1, x)
-        for layer in chain(self.downsamples, self.middle):
-            x = layer(x, stream)
-        return stream.run(self.head, x)
+        return apply((*self.fine, *self.coarse), x, stream)
 
 
 class Decoder(nn.Module):
-    """Latent frames [T, h, w, z] to frames [F, 8 h, 8 w, 3]."""
+    """Latent frames [T, h, w, z] to frames [F, 8 h, 8 w, 3].
+
+    `coarse` layers, with attention, stay at the size of the latent; `fine` ones follow, up to pixels.
+    """
 
     def __init__(self, config: WanVAEConfig) -> None:
         super().__init__()
@@ -323,12 +350,12 @@ class Decoder(nn.Module):
                 self.upsamples.append(Upsample(dim, config.temporal_downsample[level - 1]))
                 dim //= 2
         self.head = head(dim, 3)
+        last = min(index_of(self.upsamples, Upsample), default=len(self.upsamples))
+        self.coarse = (self.conv1, *self.middle, *list(self.upsamples)[:last])
+        self.fine = (*list(self.upsamples)[last:], self.head)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = stream.conv3d(self.conv1, x)
-        for layer in chain(self.middle, self.upsamples):
-            x = layer(x, stream)
-        return stream.run(self.head, x)
+        return apply((*self.coarse, *self.fine), x, stream)
 
 
 class WanVAE(nn.Module):
@@ -359,18 +386,13 @@ class WanVAE(nn.Module):
         The first frame is a chunk by itself. With `strips` the ranks share the work, and each returns the
         whole. Raises ValueError unless F = 4 (T - 1) + 1 and H and W are multiples of 8, and for chunks < 1.
         """
-        self._check_video(video)
-        _check_chunk(latent_frames_per_chunk)
-        period, scale, _ = self.config.stride
         stream, latents = Stream() if strips is None else strips.stream(), []
-        first, rest = video[:, :1], video[:, 1:]
-        for frames in (first, *rest.split(period * latent_frames_per_chunk, dim=1)):
-            if not frames.shape[1]:  # what follows the first frame of a picture
-                continue
+        for frames in self.split_video(video, latent_frames_per_chunk):
             x = frames.permute(1, 2, 3, 0)
-            latents.append(self._encode_chunk(x if strips is None else strips.cut(x, scale), stream))
+            x = x if strips is None else strips.cut(x, self.config.stride[1])
+            latents.append(self._encode_chunk(x, stream))
             stream.is_at_start = False
-        mean, std = self._mean_and_std(video.device)
+        mean, std = self.mean_and_std(video.device)
         latent = (torch.cat(latents) - mean) / std
         return (latent if strips is None else strips.spread(latent)).permute(3, 0, 1, 2)
 
@@ -380,9 +402,20 @@ class WanVAE(nn.Module):
             height, width = (side // step for side, step in zip(x.shape[1:3], steps, strict=True))
             frame_num = 1 if stream.is_at_start else len(x) // period
             return x.new_empty((frame_num, height, width, self.config.z_dim), dtype=torch.float32)
-        x = x.to(self.dtype).contiguous()
-        moments = pointwise(self.conv1, self.encoder(x, stream))
-        return moments[..., : self.config.z_dim].float()  # the rest is the log variance
+        return self.posterior_mean(self.encoder(x.to(self.dtype).contiguous(), stream))
+
+    def posterior_mean(self, x: Tensor) -> Tensor:
+        """The unnormalised latent [T, h, w, z], fp32, of what the encoder gives."""
+        return pointwise(self.conv1, x)[..., : self.config.z_dim].float()  # the rest is the log variance
+
+    def split_video(self, video: Tensor, latent_frames_per_chunk: int) -> tuple[Tensor, ...]:
+        """A video [3, F, H, W] in the chunks that `encode` takes; raises ValueError as it does."""
+        self._check_video(video)
+        _check_chunk(latent_frames_per_chunk)
+        first, rest = video[:, :1], video[:, 1:]
+        if not rest.shape[1]:
+            return (first,)
+        return first, *rest.split(self.config.stride[0] * latent_frames_per_chunk, dim=1)
 
     def _check_video(self, video: Tensor) -> None:
         if video.ndim != 4 or video.shape[0] != 3:
@@ -408,18 +441,20 @@ class WanVAE(nn.Module):
         by fewer and larger kernels in more memory. With `strips` a chunk is this rank's part, which may be
         empty. Raises ValueError for other shapes and for chunks < 1.
         """
+        return self._decode_chunks(self.split_latent(latent, latent_frames_per_chunk), strips)
+
+    def split_latent(self, latent: Tensor, latent_frames_per_chunk: int) -> tuple[Tensor, ...]:
+        """A latent [z, T, h, w] in the chunks that `decode` takes; raises ValueError as it does."""
         if latent.ndim != 4 or latent.shape[0] != self.config.z_dim or not latent.numel():
             raise ValueError(f"latent must be [{self.config.z_dim}, T, h, w], got {list(latent.shape)}")
         _check_chunk(latent_frames_per_chunk)
-        return self._decode_chunks(latent, latent_frames_per_chunk, strips)
+        return torch.split(latent, latent_frames_per_chunk, dim=1)
 
     @torch.no_grad()
-    def _decode_chunks(
-        self, latent: Tensor, latent_frames_per_chunk: int, strips: "Strips | None"
-    ) -> Iterator[Tensor]:
-        mean, std = self._mean_and_std(latent.device)
+    def _decode_chunks(self, chunks: tuple[Tensor, ...], strips: "Strips | None") -> Iterator[Tensor]:
+        mean, std = self.mean_and_std(chunks[0].device)
         stream = Stream() if strips is None else strips.stream()
-        for frames in torch.split(latent, latent_frames_per_chunk, dim=1):
+        for frames in chunks:
             z = frames.permute(1, 2, 3, 0)
             z = (z if strips is None else strips.cut(z)).float() * std + mean
             yield self._decode_chunk(z, stream).permute(3, 0, 1, 2)
@@ -434,7 +469,8 @@ class WanVAE(nn.Module):
         x = pointwise(self.conv2, z.to(self.dtype))
         return self.decoder(x, stream).float().clamp_(-1, 1)
 
-    def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Statistics [z] that a latent is normalised by, fp32."""
         # Made here and not at construction, which may happen on the meta device.
         mean = torch.tensor(self.config.latents_mean, dtype=torch.float32, device=device)
         return mean, torch.tensor(self.config.latents_std, dtype=torch.float32, device=device)

@@ -7,6 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from chitu_core.ops import conv as ops
+from chitu_diffusion.media import to_pixels
+from chitu_diffusion.vaes._footprint import footprint
+from chitu_diffusion.vaes._tile_plan import TilePlan, plan_tiles
+from chitu_diffusion.vaes._tiles import decode_tiled, encode_tiled
 from chitu_diffusion.vaes.wan import WanVAE, wan21
 
 pytestmark = pytest.mark.gpu
@@ -180,3 +184,36 @@ def test_layers_of_96_channels_take_the_shifted_convolution(half):
     assert counts["line_products_kernel"] == counts["sum_lines_kernel"] == 1  # to colours
     assert counts["rms_norm_silu_kernel"] == 2 * 14 + 1
     assert counts["interleave2x_kernel"] == 3
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_exact_tiles_in_bfloat16_are_the_whole_within_rounding(half, chunk):  # cuDNN may take another kernel
+    latent, video = random(16, 3, 15, 23), random(3, 9, 120, 184, seed=1).clamp(-1, 1)
+    plan = TilePlan("exact", (15, 23), ((0, 8), (8, 15)), ((0, 12), (12, 23)), 0, 1.0)
+    tiled = torch.cat(
+        list(decode_tiled(half, latent, plan, chunk, lambda frames: frames.permute(1, 2, 3, 0)))
+    )
+    assert relative_error(tiled.permute(3, 0, 1, 2), decode(half, latent, chunk).cpu()) <= 1e-2
+    encoded = encode_tiled(half, video.cpu(), plan, chunk)
+    assert relative_error(encoded, half.encode(video, latent_frames_per_chunk=chunk)) <= 1e-2
+
+
+@pytest.mark.parametrize("is_tiled", [False, True])
+@pytest.mark.parametrize("name", ["decoder", "encoder"])
+def test_memory_is_as_foretold(half, name, is_tiled):
+    net, sides = half.get_submodule(name), (60, 104)
+    plan = plan_tiles(net, *sides, 256, 192) if is_tiled else plan_tiles(net, *sides, 1024, 768)
+    capability = torch.cuda.get_device_capability()
+    foretold = footprint(half, net, (3, *sides), 1, plan, dtype=torch.bfloat16, capability=capability)
+    latent, video = random(16, 3, *sides), torch.zeros(3, 9, 480, 832)
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    if name == "decoder":
+        for _ in decode_tiled(half, latent, plan, 1, to_pixels):
+            pass
+    else:
+        encode_tiled(half, video, plan)
+    added = torch.cuda.max_memory_allocated() - held
+    weights = 2 * sum(parameter.numel() for parameter in half.parameters())
+    print(f"foretold {(foretold.total - weights) / 2**20:.0f} MiB, measured {added / 2**20:.0f}")
+    assert foretold.total - weights == pytest.approx(added, rel=0.25)
