@@ -37,7 +37,15 @@ class CachePlan:
             calibration = packaged(name) if path is None else read(Path(path))
         except ValueError as error:
             raise ValueError(f"infer.diffusion.flexcache_calibration={path}: {error}") from error
-        self._model = Model(name, dit.num_layers, experts, calibration, degrees.ring, degrees.ulysses)
+        self._model = Model(
+            name,
+            dit.num_layers,
+            experts,
+            calibration,
+            degrees.ring,
+            degrees.ulysses,
+            config.infer.attn_schedule.is_set,
+        )
 
     def complete(self, params: ResolvedParams) -> ResolvedParams:
         """The same request with every expert setting of its strategy filled in, where reuse is enabled.
@@ -48,6 +56,8 @@ class CachePlan:
         if asked is None or not self.is_enabled or asked.cache_ratio == 0:
             return params
         strategy = _strategy(asked)
+        if strategy.idle(self._model) is not None:
+            return params
         knobs = strategy.knobs_type() if asked.extra is None else asked.extra
         knobs = strategy.complete(knobs, asked.cache_ratio, self._model)
         return replace(params, knobs=knobs)
@@ -70,6 +80,7 @@ class CachePlan:
             num_layers=self._dit.num_layers,
             branches=2 if both else 1,
             heads=self._dit.num_heads,
+            tokens=length,
         )
         return _strategy(asked).footprint(params.knobs, sizes)
 
@@ -88,7 +99,12 @@ class CachePlan:
     def remarks(self, params: ResolvedParams) -> list[str]:
         """What a user should know about how a completed request is served."""
         asked = params.flexcache
-        if asked is None or params.knobs is None or not self._wants_graph:
+        if asked is None or not self.is_enabled or asked.cache_ratio == 0:
+            return []
+        reason = _strategy(asked).idle(self._model)
+        if reason is not None:
+            return [f"flexcache={asked.strategy}: {reason}; every step is computed"]
+        if not self._wants_graph:
             return []
         return [
             f"infer.use_cuda_graph=on: flexcache={asked.strategy} runs steps that it looks into without one; "

@@ -4,7 +4,7 @@
 """
 
 from chitu_core.attention._base import Attention, LseAttention, Place
-from chitu_core.attention._parallel import check_ring, spread
+from chitu_core.attention._parallel import Ring, Ulysses, check_ring, merge, spread
 from chitu_core.attention._select import (
     ALIASES,
     CROSS_RANKING,
@@ -30,10 +30,13 @@ __all__ = [
     "LseAttention",
     "Place",
     "Rank",
+    "Ring",
+    "Ulysses",
     "canonical",
     "check_ring",
     "choose",
     "create",
+    "merge",
     "names",
     "ranking",
     "spread",

@@ -47,11 +47,11 @@ class Ulysses(_Around):
 
     def __init__(self, inner: Attention, group: dist.ProcessGroup) -> None:
         super().__init__(inner)
-        self._group = group
+        self.group = group  # read by a strategy that exchanges keys in its own way, as are those of `Ring`
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attention`; q, k, v are this rank's tokens with all heads."""
-        return gather_heads(self.inner(*scatter_heads((q, k, v), self._group)), self._group)
+        return gather_heads(self.inner(*scatter_heads((q, k, v), self.group)), self.group)
 
 
 class Ring(_Around):
@@ -62,22 +62,22 @@ class Ring(_Around):
         check_ring(kernel, group.size())
         assert isinstance(kernel, LseAttention)
         super().__init__(kernel)
-        self._kernel: LseAttention = kernel
-        self._line = Line(group)
-        self._tokens = tokens
+        self.kernel: LseAttention = kernel
+        self.line = Line(group)
+        self.tokens = tokens
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attention`; q, k, v are one chunk of the sequence."""
-        index, size = self._line.index, self._line.size
+        index, size = self.line.index, self.line.size
         held, spare = torch.stack((k, v)), k.new_empty(2, *k.shape)
         out, lse = None, None
         for step in range(size):
             works = []
             if step < size - 1:
-                works = self._line.start([((index + 1) % size, held)], [((index - 1) % size, spare)])
-            valid = self._tokens.total - (index - step) % size * k.shape[1]
+                works = self.line.start([((index + 1) % size, held)], [((index - 1) % size, spare)])
+            valid = self.tokens.total - (index - step) % size * k.shape[1]
             if valid > 0:
-                part = self._kernel.with_lse(q, *held[:, :, :valid])
+                part = self.kernel.with_lse(q, *held[:, :, :valid])
                 out, lse = part if out is None or lse is None else merge(out, lse, *part)
             for work in works:
                 work.wait()

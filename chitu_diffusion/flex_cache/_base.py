@@ -38,6 +38,7 @@ class Model:
     calibration: Calibration
     ring: int = 1
     ulysses: int = 1
+    has_attention_schedule: bool = False  # some steps or blocks hold another attention than `Services` has
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Sizes:
     num_layers: int
     branches: int  # that the rank computes
     heads: int  # of self-attention
+    tokens: int  # of this rank, with padding
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,11 @@ class FlexCache(ABC):
 
         Raises ValueError where the strategy cannot serve the model, with the remedy.
         """
+
+    @classmethod
+    def idle(cls, model: Model) -> str | None:  # noqa: ARG003
+        """Why the strategy has nothing to reuse on these ranks, so that none is built; None where it has."""
+        return None
 
     @classmethod
     @abstractmethod
