@@ -23,7 +23,7 @@ from chitu_core.config import VideoSize, load
 from chitu_core.distributed import RankFailure
 from chitu_core.environment import Environment
 from chitu_diffusion import run_eval
-from chitu_diffusion.bench import attention, compare, dit, e2e, profile, t5, vae
+from chitu_diffusion.bench import attention, compare, dit, e2e, flexcache, profile, t5, vae
 from chitu_diffusion.doctor import report
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.eval.manager import check_types
@@ -108,7 +108,7 @@ def _add_reuse(generate: argparse.ArgumentParser) -> None:
 def _add_benches(bench: argparse.ArgumentParser) -> None:
     """A verb a module, named and described by it."""
     kinds = bench.add_subparsers(required=True)
-    for module in (attention, dit, vae, t5, e2e, compare, profile):
+    for module in (attention, dit, vae, t5, e2e, compare, flexcache, profile):
         about = (module.__doc__ or "").partition(": ")[2]
         kind = kinds.add_parser(module.__name__.rpartition(".")[2], help=about.partition("\n")[0])
         module.add_arguments(kind)

@@ -92,20 +92,23 @@ class Rotation:
                 yield state
 
     def _visits(self, q: Tensor, k: Tensor, v: Tensor, visits: Sequence[Visit]) -> Iterator[State | None]:
+        if len(visits) == 1:  # nothing travels
+            yield self._part(q, k, v, visits[0])
+            return
         held, spare = torch.stack((k, v)), k.new_empty(2, *k.shape)
         for here, there in zip_longest(visits, visits[1:]):
             works = []
             if there is not None:
                 target, giver = self.peers(here, there)
                 works = self._ring.line.start([(target, held)], [(giver, spare)])
-            yield self._part(q, held, here)
+            yield self._part(q, held[0], held[1], here)
             for work in works:
                 work.wait()
             held, spare = spare, held  # what was sent may be overwritten from here on
 
-    def _part(self, q: Tensor, held: Tensor, visit: Visit) -> State | None:
-        valid = self._valid(self.source(visit), held.shape[2])
-        return State(*self._ring.kernel.with_lse(q, *held[:, :, :valid])) if valid else None
+    def _part(self, q: Tensor, k: Tensor, v: Tensor, visit: Visit) -> State | None:
+        valid = self._valid(self.source(visit), k.shape[1])
+        return State(*self._ring.kernel.with_lse(q, k[:, :valid], v[:, :valid])) if valid else None
 
     def _valid(self, position: int, length: int) -> int:
         return min(max(self._ring.tokens.total - position * length, 0), length)

@@ -39,10 +39,8 @@ from chitu_diffusion.models.wan import WanDiT
 from chitu_diffusion.prepare import pick_device, pick_dtype, survey
 from chitu_diffusion.samplers.unipc import Sampler
 
-SIZES = {
-    False: ("Wan2.1-T2V-1.3B", (16, 21, 60, 104)),
-    True: ("demo", (16, 5, 12, 20)),
-}  # latent [C, T, h, w]
+# of a rehearsal or not: model, latent [C, T, h, w]
+SIZES = {True: ("demo", (16, 5, 12, 20)), False: ("Wan2.1-T2V-1.3B", (16, 21, 60, 104))}
 RATIOS = (None, 0.5, 1.0)  # None: exact, without a strategy
 GUIDANCE, SHIFT, TRAIN_STEPS = 5.0, 5.0, 1000
 FORCED = 2  # steps at either end

@@ -54,7 +54,7 @@ def latents_from(engine: Engine, noise: torch.Tensor) -> torch.Tensor:
     """The final latents of the demo clip from given noise, since CPU and GPU draw different numbers."""
     task = submit(engine)
     engine.step()
-    engine.generator._start_denoise(task)
+    engine.generator._start_denoise(task, engine.log)
     task.buffer.latents = noise.to(engine.device)
     while task.task_type != DiffusionTaskType.VAEDecode:
         engine.step()

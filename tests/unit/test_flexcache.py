@@ -105,7 +105,7 @@ def test_counts_are_those_of_the_schedule_by_hand(name, kind, computed, reused):
 def test_memory_that_is_kept_stays_within_what_was_announced(name):
     ran = caches.denoise(name, ALWAYS[name])
     feature = 45 * caches.CONFIG.dim * 4
-    sizes = Sizes(feature, feature, 4 * math.prod(caches.GRID) * 4, caches.CONFIG.num_layers, 2, 4)
+    sizes = Sizes(feature, feature, 4 * math.prod(caches.GRID) * 4, caches.CONFIG.num_layers, 2, 4, 45)
     strategy = strategy_class(name)
     model = Model("tiny", caches.CONFIG.num_layers, ("dit",), caches.calibration(COUNT))
     knobs = strategy.complete(strategy.knobs_type(**ALWAYS[name]), 0.5, model)
