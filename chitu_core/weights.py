@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from chitu_core._staging import STAGING, Piece, Staging, carry, ring
 from chitu_core._weight_files import Entry, TensorSource, entries_of, find, open_stored, shapes, some
 
 __all__ = [
+    "Home",
+    "OnDevice",
     "Receiver",
     "Staging",
     "TensorSource",
@@ -41,12 +44,36 @@ class Receiver(ABC):
     """A module that takes whole tensors itself, as one does that keeps them in another form.
 
     For matching, its `state_dict` lists what the checkpoint has, on the meta device. What it makes of them is
-    in non-persistent buffers.
+    in non-persistent buffers, or in parameters of a dtype that it declares.
     """
 
     @abstractmethod
     def receive(self, leaf: str, tensor: Tensor) -> None:
         """Take the tensor that `state_dict` lists as `leaf`, on the device and in the dtype of `load`."""
+
+
+class Home(Protocol):
+    """Where the tensors of a module are kept."""
+
+    def allocate(self, name: str) -> Tensor | None:
+        """What the tensor of this name can be read into; None: it is made on the device, then kept."""
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """What takes this name in the module: the tensor itself if it is in place, else a copy of it."""
+
+
+class OnDevice:
+    """Every tensor stays where it was made."""
+
+    def allocate(self, name: str) -> None:
+        """Nowhere in particular."""
+
+    def keep(self, name: str, tensor: Tensor) -> Tensor:  # noqa: ARG002
+        """The tensor itself."""
+        return tensor
+
+
+ON_DEVICE = OnDevice()
 
 
 @dataclass(frozen=True)
@@ -75,15 +102,16 @@ def load(
     spell: Callable[[str], str] = str,
     progress: bool = True,
     parts_of: PartsOf = whole,
+    home: Home = ON_DEVICE,
     staging: Staging = STAGING,
 ) -> None:
     """Fill every parameter and persistent buffer of a module (made on the meta device) from a checkpoint.
 
     `rename` turns a checkpoint's key into an official name, and `spell` back, for messages. `parts_of` gives,
     for a parameter of the module, the official tensors of equal shape whose rows (dim 0) make it up.
-    Tensors travel as they are stored, in pieces, and are cast on `device` to `dtype_of(module name)`; above
-    the model, the host holds the buffers of `staging`. `progress` shows a bar on a terminal; False on ranks
-    above 0.
+    Tensors travel as they are stored, in pieces, and are cast to `dtype_of(module name)` where they arrive:
+    on `device`, or where `home` has them. Above the model, the host holds the buffers of `staging`.
+    `progress` shows a bar on a terminal; False on ranks above 0.
     Raises ValueError naming file and key when the checkpoint does not fit the module exactly.
     """
     begin = time.perf_counter()
@@ -91,7 +119,7 @@ def load(
     plan = _match(module, source, entries, rename, spell, parts_of)
     wanted = [entry for entry in entries if entry.key in plan]
     total = sum(entry.num_bytes for entry in wanted)
-    filling = _Filling(module, plan, device, dtype_of)
+    filling = _Filling(module, plan, device, dtype_of, home)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=None if progress else True)
     with bar, open_stored(wanted) as tensors:
 
@@ -105,8 +133,10 @@ def load(
     logger.info("%s: %.3g GB in %.3g s (%.3g GB/s)", label, total / 1e9, seconds, total / 1e9 / seconds)
 
 
-def randomise(module: nn.Module, *, device: torch.device, dtype_of: DtypeOf, seed: int) -> None:
-    """Materialise a meta-device module with random weights, made on `device` in their final dtype.
+def randomise(
+    module: nn.Module, *, device: torch.device, dtype_of: DtypeOf, seed: int, home: Home = ON_DEVICE
+) -> None:
+    """Materialise a meta-device module with random weights, made on `device` in their final dtype for `home`.
 
     Matrices and kernels ~ N(0, 1 / fan_in), norm weights and gammas 1, modulation tables 0.02 N, the rest 0.
     """
@@ -122,7 +152,7 @@ def randomise(module: nn.Module, *, device: torch.device, dtype_of: DtypeOf, see
             tensor.normal_(0.0, tensor[0].numel() ** -0.5, generator=generator)
         else:
             tensor.zero_()
-        _place(module, name, tensor)
+        _place(module, name, tensor, home)
     _assert_no_meta(module)
 
 
@@ -142,12 +172,18 @@ class _Filling:
     """The parameters of a module while their pieces come in; each is placed when it is complete."""
 
     def __init__(
-        self, module: nn.Module, plan: Mapping[str, _Slot], device: torch.device, dtype_of: DtypeOf
+        self,
+        module: nn.Module,
+        plan: Mapping[str, _Slot],
+        device: torch.device,
+        dtype_of: DtypeOf,
+        home: Home,
     ) -> None:
         self._module = module
         self._plan = plan
         self._device = device
         self._dtype_of = dtype_of
+        self._home = home
         self._open: dict[str, Tensor] = {}
         self._num_missing: dict[str, int] = {}  # parts of an open parameter that are not complete
 
@@ -162,14 +198,18 @@ class _Filling:
         begin = (slot.part * entry.num_bytes + piece.begin) // entry.dtype.itemsize
         elements = staged.view(entry.dtype)
         if entry.dtype != target.dtype:  # cast where it arrives: the host is the slower one
-            elements = elements.to(self._device, non_blocking=True)
+            elements = elements.to(target.device, non_blocking=True)
         target.view(-1)[begin : begin + elements.numel()].copy_(elements, non_blocking=True)
         if piece.is_last:
             self._num_missing[slot.name] -= 1
             if self._num_missing[slot.name] == 0:
-                _place(self._module, slot.name, self._open.pop(slot.name))
+                _place(self._module, slot.name, self._open.pop(slot.name), self._home)
 
     def _allocate(self, slot: _Slot) -> Tensor:
+        owner = self._module.get_submodule(slot.name.rpartition(".")[0])
+        given = None if isinstance(owner, Receiver) else self._home.allocate(slot.name)
+        if given is not None:
+            return given
         shape = slot.shape if slot.parts == 1 else (slot.shape[0] * slot.parts, *slot.shape[1:])
         return torch.empty(shape, device=self._device, dtype=self._dtype_of(slot.name))
 
@@ -228,15 +268,20 @@ def _match(
     return plan
 
 
-def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in the place of a parameter or of a buffer, or hand it to the module that receives it."""
+def _place(module: nn.Module, name: str, tensor: Tensor, home: Home) -> None:
+    """Put a tensor, or what a module that receives it makes of it, in the place of a parameter or buffer."""
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
+    parameters = dict(owner.named_parameters(recurse=False))
+    made = {leaf: tensor}
     if isinstance(owner, Receiver):
         owner.receive(leaf, tensor)
-        return
-    is_parameter = leaf in dict(owner.named_parameters(recurse=False))
-    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+        own = (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))
+        made = {leaf: value for leaf, value in own if not value.is_meta}
+    for leaf, value in made.items():
+        kept = home.keep(f"{owner_name}.{leaf}".lstrip("."), value)
+        if kept is not value or value is tensor:
+            setattr(owner, leaf, nn.Parameter(kept, requires_grad=False) if leaf in parameters else kept)
 
 
 def _assert_no_meta(module: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from chitu_core.config import InferConfig
 from chitu_core.distributed import ParallelMesh
 from chitu_diffusion.models.wan import TextCache, WanDiT
+from chitu_diffusion.placing import DIT_ON_HOST
 from chitu_diffusion.sequence import SequenceShard
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ def choose_forward(infer: InferConfig, mesh: ParallelMesh, device: torch.device)
         hindrance = "several ranks share a video"
     elif infer.attn_schedule.is_set:
         hindrance = "infer.attn_schedule exchanges kernels between steps"
+    elif infer.diffusion.level >= DIT_ON_HOST:
+        hindrance = f"infer.diffusion.low_mem_level={infer.diffusion.level} moves the weights"
     if mode == "on" and hindrance is not None:
         raise ValueError(f"infer.use_cuda_graph=on: {hindrance}; set infer.use_cuda_graph=auto")
     return plain_forward if mode == "off" or hindrance else GraphedForward(is_required=mode == "on")

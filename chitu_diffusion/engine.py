@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from chitu_core import memory
-from chitu_core.config import Config
+from chitu_core.config import Config, InferConfig
 from chitu_core.distributed import Degrees, RankFailure, open_mesh, plan_degrees
 from chitu_core.environment import Environment
 from chitu_diffusion.attention_plan import AttentionPlan, plan_attention
@@ -25,6 +25,7 @@ from chitu_diffusion.guidance import needs_cfg
 from chitu_diffusion.ledger import Ledger
 from chitu_diffusion.orders import Orders, Report, Run
 from chitu_diffusion.outputs import RequestRecord
+from chitu_diffusion.placing import DIT_ON_HOST
 from chitu_diffusion.prepare import (
     Pipeline,
     Survey,
@@ -42,7 +43,7 @@ from chitu_diffusion.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
-_ADVICE = "ask for a smaller size, fewer frames, or infer.max_reqs=1"
+_ADVICE = "ask for a smaller size, fewer frames, infer.max_reqs=1, or a higher infer.diffusion.low_mem_level"
 
 
 class BackendState(Enum):
@@ -85,8 +86,7 @@ class Engine:
             pipeline = self._build(found, attention)
             undo.pop_all()
         self.log = StageLog(environment, config.output.enable_timer_dump, is_quiet=not self.mesh.is_leader)
-        infer = config.infer
-        self.scheduler = DiffusionScheduler(infer.schedule_policy, infer.max_reqs, cache_plan.limit_bytes)
+        self.scheduler = _scheduler(config.infer, cache_plan.limit_bytes)
         self.ledger = Ledger(pool, self.mesh, config, cache_plan, self.log)
         generator = Generator(pipeline, config, self.mesh, self.folder, self.device, cache_plan=cache_plan)
         self._warm_up(generator)
@@ -279,6 +279,16 @@ class Engine:
     def _free(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _scheduler(infer: InferConfig, cache_limit: float) -> DiffusionScheduler:
+    """From level 3 on one task at a time: each change between two would carry a transformer to the device."""
+    one_by_one = infer.diffusion.level >= DIT_ON_HOST
+    if one_by_one and infer.max_reqs > 1:
+        level = infer.diffusion.level
+        logger.info("infer.diffusion.low_mem_level=%d: a task that has begun runs to its end", level)
+    policy, most = infer.schedule_policy, infer.max_reqs
+    return DiffusionScheduler(policy, most, cache_limit, one_by_one=one_by_one)
 
 
 def _plan(config: Config, found: Survey, environment: Environment) -> Degrees:

@@ -103,10 +103,11 @@ class Generator:
         if self.mesh.is_leader:
             self._check_outputs(params)
         own = {branch for scale in scales for branch in branches_of(scale, self._pair)}
-        buffer.text_embeddings = self._encode("prompt", params.prompt, task, log, "cond" in own)
-        if any(needs_cfg(scale) for scale in scales):
-            text = params.negative_prompt
-            buffer.negative_embeddings = self._encode("negative_prompt", text, task, log, "uncond" in own)
+        with self.pipeline.residency.text():
+            buffer.text_embeddings = self._encode("prompt", params.prompt, task, log, "cond" in own)
+            if any(needs_cfg(scale) for scale in scales):
+                text = params.negative_prompt
+                buffer.negative_embeddings = self._encode("negative_prompt", text, task, log, "uncond" in own)
         self._start_denoise(task, log)
         return Stage.Denoise
 
@@ -125,6 +126,7 @@ class Generator:
             timestep = buffer.sampler.timesteps[buffer.current_step]
             expert = self.pipeline.spec.select_expert(timestep)
             dit, scale = self.pipeline.experts[expert.name], params.guidance_scale[expert.guidance_index]
+            self.pipeline.residency.enter(expert.name)  # again, if a scheduler let another task come between
             self.pipeline.attention.enter_step(dit, buffer.current_step, params.num_inference_steps)
             velocity = self._velocity(task, scale)
         before = buffer.latents
@@ -145,6 +147,7 @@ class Generator:
         """Decode the latent chunk by chunk into the video file, which appears when it is whole."""
         params, latents = _params(task), task.buffer.latents
         assert latents is not None
+        self.pipeline.residency.leave()
         failure: Exception | None = None
         with ExitStack() as stack:
             writer = None
@@ -236,10 +239,12 @@ class Generator:
         self._enter_expert(task)
 
     def _enter_expert(self, task: DiffusionTask) -> None:
-        """Project the text for the next step's expert, if it is another; the former one's is dropped."""
+        """See to the next step's expert, and project the text for it if it is another than before."""
         params, buffer = _params(task), task.buffer
         assert buffer.sampler is not None
-        expert = self.pipeline.spec.select_expert(buffer.sampler.timesteps[buffer.current_step])
+        upcoming = buffer.sampler.timesteps[buffer.current_step : buffer.current_step + 2]
+        expert, *after = map(self.pipeline.spec.select_expert, upcoming)
+        self.pipeline.residency.enter(expert.name, after[0].name if after else None)
         if buffer.expert == expert.name:
             return
         buffer.expert = expert.name

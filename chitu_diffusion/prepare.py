@@ -1,7 +1,6 @@
 """From a checked configuration to networks on a device: locate, size, load, choose attention."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from chitu_core import weights
+from chitu_core.arena import Lane
 from chitu_core.attention import Place
-from chitu_core.config import Config, ModelConfig
+from chitu_core.config import Config, DiffusionConfig, ModelConfig
 from chitu_core.distributed import ParallelMesh
 from chitu_core.distributed.collectives import TokenShard
 from chitu_core.ops.rows import HAS_TRITON
@@ -22,7 +22,9 @@ from chitu_diffusion.cuda_graph import Forward, choose_forward
 from chitu_diffusion.encoders.tokenizer import PromptTokenizer, TokenizedPrompt
 from chitu_diffusion.encoders.umt5 import UMT5Config, UMT5Encoder
 from chitu_diffusion.models.wan import WanConfig, WanDiT
+from chitu_diffusion.placing import STREAMED, Fill, Placing, both_experts_limit
 from chitu_diffusion.quantisation import check_quantisation, quantise_layers
+from chitu_diffusion.residency import Residency
 from chitu_diffusion.spec import ModelSpec, experts_of
 from chitu_diffusion.vaes.wan import WanVAE, WanVAEConfig, wan21
 
@@ -31,12 +33,12 @@ logger = logging.getLogger(__name__)
 DEMO_TOKENIZER = Path(__file__).parent / "demo" / "tokenizer"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-# a meta module, its part's name, the dtype of each parameter, the checkpoint's tensors that make it
-Fill = Callable[[nn.Module, str, weights.DtypeOf, weights.PartsOf], None]
-
 
 class PromptEncoder:
-    """Turns a prompt into the embeddings that condition the transformer."""
+    """Turns a prompt into the embeddings that condition the transformer.
+
+    What embeds must be inside `Residency.text`, for the encoder may live on the host.
+    """
 
     def __init__(self, tokenizer: PromptTokenizer, encoder: UMT5Encoder, device: torch.device) -> None:
         self.tokenizer = tokenizer
@@ -64,6 +66,8 @@ class Pipeline:
     vae: WanVAE
     forward: Forward  # how a transformer is called: by itself, or from a recorded graph
     attention: AttentionPlan
+    residency: Residency  # brings what lives on the host
+    stream_dtype: str | None  # how streamed linear weights are stored, where not as they are used
     quant: str | None
     dtype: torch.dtype  # of matrix products
     tokens: TokenShard | None  # how this rank's part of a sequence is cut; None where it has all
@@ -71,8 +75,9 @@ class Pipeline:
     def approximations(self, total: int) -> tuple[str, ...]:
         """What a run of `total` steps approximates, in words for its record."""
         quantised = () if self.quant is None else (f"linear layers: {self.quant}",)
+        stored = () if self.stream_dtype is None else (f"streamed linear weights: {self.stream_dtype}",)
         vae = () if self.vae.dtype == torch.float32 else (f"VAE in {dtype_name(self.vae.dtype)}",)
-        return (*self.attention.approximations(total), *quantised, *vae)
+        return (*self.attention.approximations(total), *quantised, *stored, *vae)
 
 
 @dataclass(frozen=True)
@@ -168,20 +173,24 @@ def build_pipeline(
     with torch.device("meta"):
         encoder, vae = UMT5Encoder(sizes.encoder), WanVAE(sizes.vae)
         experts = {name: WanDiT(size) for name, size in sizes.experts.items()}
-    fill(encoder, "text_encoder", lambda _: text_dtype, weights.whole)
-    fill(vae, "vae", lambda _: vae_dtype, weights.whole)
+    placing = _placing(config.infer.diffusion, found, device)
+    text_guest = placing.encoder(encoder, text_dtype)
+    fill(vae, "vae", lambda _: vae_dtype, weights.whole, weights.ON_DEVICE)
     if device.type == "cuda" and not HAS_TRITON:
         remedy = "pip install triton, which comes with torch on Linux"
         logger.warning(
             "triton is missing: what lies between matrix products is not fused, and slower; %s", remedy
         )
     call_block = choose_block_call(config.infer.compile, mesh)
+    guests = {}
     for name, expert in experts.items():
         if config.quant is not None:
             quantise_layers(expert, config.fp8_fast_accumulation)
-        fill(expert, name, lambda parameter: WanDiT.weight_dtype(parameter, dtype), WanDiT.parts_of)
-        attention.install(expert)
         expert.call_block = call_block
+        guest = placing.expert(expert, name, dtype)
+        if guest is not None:
+            guests[name] = guest
+        attention.install(expert)
     for module in (encoder, vae, *experts.values()):
         module.eval().requires_grad_(False)
     prompt_encoder = PromptEncoder(tokenizer, encoder, device)
@@ -193,6 +202,8 @@ def build_pipeline(
         vae=vae,
         forward=choose_forward(config.infer, mesh, device),
         attention=attention,
+        residency=Residency(text_guest, guests, device, both_experts_limit(device)),
+        stream_dtype=config.infer.diffusion.stream_dtype if placing.packs else None,
         quant=config.quant,
         dtype=dtype,
         tokens=tokens,
@@ -204,6 +215,14 @@ def spec_of(config: Config, sizes: Sizes) -> ModelSpec:
     vae, dit = sizes.vae, sizes.dit
     experts = experts_of(config.models.sampler)
     return ModelSpec(experts, vae.stride, dit.patch_size, vae.z_dim, _text_len(sizes))
+
+
+def _placing(config: DiffusionConfig, found: Survey, device: torch.device) -> Placing:
+    if config.level > 0:
+        logger.warning("infer.diffusion.low_mem_level=%d: the VAE decodes without tiles yet", config.level)
+    each = config.resident_bytes // len(found.sizes.experts)
+    packs = config.level == STREAMED and config.stream_dtype != "model"
+    return Placing(config.level, packs, each, found.fill, Lane(device))
 
 
 def _stored(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:
@@ -227,7 +246,13 @@ def _stored(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:
                 "%s of the checkpoint differs from models=%s in %s", name, model.name, ", ".join(differing)
             )
 
-    def fill(module: nn.Module, name: str, dtype_of: weights.DtypeOf, parts_of: weights.PartsOf) -> None:
+    def fill(
+        module: nn.Module,
+        name: str,
+        dtype_of: weights.DtypeOf,
+        parts_of: weights.PartsOf,
+        home: weights.Home,
+    ) -> None:
         part = parts[name]
         weights.load(
             module,
@@ -238,6 +263,7 @@ def _stored(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:
             label=name,
             spell=part.spell,
             parts_of=parts_of,
+            home=home,
         )
 
     return sizes, fill, checkpoint.tokenizer_dir
@@ -248,9 +274,11 @@ def _random(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:
     logger.warning("debug.skip_model_load=true: weights are random, the video will be noise")
     seed = config.infer.seed
 
-    def fill(module: nn.Module, name: str, dtype_of: weights.DtypeOf, _: weights.PartsOf) -> None:
+    def fill(
+        module: nn.Module, name: str, dtype_of: weights.DtypeOf, _: weights.PartsOf, home: weights.Home
+    ) -> None:
         logger.info("%s: random weights", name)
-        weights.randomise(module, device=device, dtype_of=dtype_of, seed=seed)
+        weights.randomise(module, device=device, dtype_of=dtype_of, seed=seed, home=home)
 
     return _yaml_sizes(config.models), fill, DEMO_TOKENIZER
 

@@ -90,6 +90,7 @@ def put_fp8_layers(dit: WanDiT, uses_fast_accumulation: bool = True) -> list[int
             owner_name, _, leaf = name.rpartition(".")
             owner, linear = block.get_submodule(owner_name), block.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            made = Fp8Linear(linear.in_features, linear.out_features, uses_fast_accumulation)
+            with torch.device("meta"):
+                made = Fp8Linear(linear.in_features, linear.out_features, uses_fast_accumulation)
             owner.register_module(leaf, made)
     return inner

@@ -12,12 +12,19 @@ class DiffusionScheduler:
     """Picks one task a step by `policy`: `fifo`, `priority`, `round_robin`; override `schedule` for another.
 
     At most `max_reqs` tasks are begun and unfinished at once, so that memory for denoising state is
-    bounded. A task waits until its cache fits beside those of the begun ones, in `cache_limit` bytes. With
-    data parallelism each replica is asked for by itself, with the tasks that it may run. Raises ValueError
-    for an unknown policy.
+    bounded; one, if `one_by_one`, which runs to its end before another begins. A task waits until its cache
+    fits beside those of the begun ones, in `cache_limit` bytes. With data parallelism each replica is asked
+    for by itself, with the tasks that it may run. Raises ValueError for an unknown policy.
     """
 
-    def __init__(self, policy: str = "fifo", max_reqs: int = 8, cache_limit: float = math.inf) -> None:
+    def __init__(
+        self,
+        policy: str = "fifo",
+        max_reqs: int = 8,
+        cache_limit: float = math.inf,
+        *,
+        one_by_one: bool = False,
+    ) -> None:
         policies: dict[str, Choose] = {
             "fifo": lambda tasks: tasks[0],
             "priority": _highest_priority,
@@ -28,7 +35,7 @@ class DiffusionScheduler:
                 f"infer.schedule_policy={policy!r} is unknown; choose one of {', '.join(policies)}"
             )
         self.policy = policy
-        self.max_reqs = max_reqs
+        self.max_reqs = 1 if one_by_one else max_reqs
         self.cache_limit = cache_limit
         self._choose = policies[policy]
         self._last_role: str | None = None

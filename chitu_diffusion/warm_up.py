@@ -43,11 +43,14 @@ def _run_once(
     device: torch.device,
 ) -> None:
     spec, shard = pipeline.spec, pipeline.tokens or NO_SHARD
-    embeddings = pipeline.prompt_encoder.embed(pipeline.prompt_encoder.tokenize("warm-up"))[None]
+    with pipeline.residency.text():
+        embeddings = pipeline.prompt_encoder.embed(pipeline.prompt_encoder.tokenize("warm-up"))[None]
     latent = torch.randn(1, *spec.latent_shape(size.num_frames, size.height, size.width), device=device)
     t = torch.tensor(500, device=device)
-    for dit in pipeline.experts.values():
+    for name, dit in pipeline.experts.items():
+        pipeline.residency.enter(name)
         pipeline.forward(dit, latent, t, dit.encode_text(embeddings), shard=shard)
+    pipeline.residency.leave()
     for _ in decode(latent[0, :, :_LATENT_FRAMES_DECODED]):
         pass
     if device.type == "cuda":

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTISATIONS = ("fp8",)
 VAE_DTYPES = ("float32", "bfloat16")
+STREAM_DTYPES = ("model", "float8_e4m3fn")
 SCHEDULE_POLICIES = ("fifo", "priority", "round_robin")
 PAIRINGS = ("match", "ignore_steps", "order")
 HYDRA_DUMP_MODES = ("video_dir", "same_as_video", "relocate", "off", "disable", "none", "default")
@@ -71,6 +72,14 @@ class VideoSize:
 def _number(value: int | str) -> int | str:
     """A whole number that came as text, such as from a shell."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _decimal(value: float | str) -> float | None:
+    """A number, also one that came as text; None for other text."""
+    try:
+        return float(value)
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -214,7 +223,19 @@ class DiffusionConfig:
     )
     cp_size: int | str = _doc("ranks that share one sequence: auto (all that are left) or a number")
     up_limit: int = _doc("largest Ulysses degree inside context parallelism; what is left is a ring")
-    low_mem_level: int = _doc("0 keeps every model on the device; other levels are not in this version")
+    low_mem_level: int | str = _doc(
+        "what is not on the device all the time, each level with those below it: 1 tiles in the VAE, 2 the "
+        "text encoder, 3 the transformer, 4 most of its blocks and the encoder's, which are streamed; from 3 "
+        "on one task runs at a time"
+    )
+    stream_dtype: str = _doc(
+        "how level 4 stores linear weights: model (as they are used), or float8_e4m3fn, which halves what is "
+        "copied and is lossy"
+    )
+    resident_gb: float | int | str = _doc(
+        "GB (10^9 bytes) of transformer blocks that level 4 keeps on the device, shared by all experts: auto "
+        "(0) or a number"
+    )
     enable_flexcache: bool = _doc("let requests reuse features across steps (docs/flexcache.md)")
     flexcache_max_gb: float = _doc(
         "GB, 10^9 bytes, that caches of all live requests may take on one rank; requests wait for room"
@@ -231,11 +252,40 @@ class DiffusionConfig:
         holds = cp == "auto" or (isinstance(cp, int) and cp >= 1)
         _require(holds, "infer.diffusion.cp_size", cp, "must be auto or a whole number, at least 1")
         _require(self.up_limit >= 1, "infer.diffusion.up_limit", self.up_limit, "must be at least 1")
-        _only("infer.diffusion.low_mem_level", self.low_mem_level, 0)
         most = self.flexcache_max_gb
         _require(
             math.isfinite(most) and most > 0, "infer.diffusion.flexcache_max_gb", most, "must be above 0"
         )
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        key = "infer.diffusion"
+        object.__setattr__(self, "low_mem_level", _number(self.low_mem_level))
+        level, stored, resident = self.low_mem_level, self.stream_dtype, self.resident_gb
+        _require(level != "auto", f"{key}.low_mem_level", level, "not in this version yet; name 0 to 4")
+        holds = type(level) is int and 0 <= level <= 4
+        _require(holds, f"{key}.low_mem_level", level, "must be a whole number from 0 to 4")
+        dtypes = ", ".join(STREAM_DTYPES)
+        _require(stored in STREAM_DTYPES, f"{key}.stream_dtype", stored, f"choose one of {dtypes}")
+        remedy = f"only {key}.low_mem_level=4 streams; set that, or model"
+        _require(stored == "model" or level == 4, f"{key}.stream_dtype", stored, remedy)
+        number = _decimal(resident)
+        object.__setattr__(self, "resident_gb", resident if number is None else number)
+        holds = resident == "auto" or (number is not None and math.isfinite(number) and number >= 0)
+        _require(holds, f"{key}.resident_gb", resident, "must be auto or a number of GB, at least 0")
+        remedy = f"at {key}.low_mem_level={level} no block is streamed; set that to 4, or this to auto"
+        _require(resident == "auto" or level == 4, f"{key}.resident_gb", resident, remedy)
+
+    @property
+    def level(self) -> int:
+        """`low_mem_level` as the number that it is once a configuration is built from."""
+        assert isinstance(self.low_mem_level, int), "auto is settled before"
+        return self.low_mem_level
+
+    @property
+    def resident_bytes(self) -> int:
+        """`resident_gb` in bytes; 0 for auto."""
+        return 0 if isinstance(self.resident_gb, str) else int(self.resident_gb * 1e9)
 
 
 @dataclass(frozen=True)

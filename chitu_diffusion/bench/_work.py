@@ -168,6 +168,7 @@ def dit_forward(pipeline: Pipeline, device: torch.device, video: Video) -> Work:
     noise = torch.Generator(device).manual_seed(SEED)
     latents = torch.randn(1, *shape, generator=noise, device=device)  # [1, C, T, h, w] fp32
     text = torch.randn(1, dit.config.text_len, dit.config.text_dim, generator=noise, device=device)
+    pipeline.residency.enter(spec.select_expert(TIMESTEP).name)
     cache, t = dit.encode_text(text), torch.tensor(TIMESTEP, device=device)
     predict = pipeline.forward  # not the pipeline, whose other networks are to be let go
 
@@ -212,7 +213,13 @@ def t5_encode(pipeline: Pipeline, device: torch.device, video: Video) -> Work:  
     size = encoder.encoder.config
     ids = torch.randint(3, size.vocab_size, (length - 1,), generator=torch.Generator().manual_seed(SEED))
     prompt = TokenizedPrompt((*ids.tolist(), END_ID), num_dropped=0)
-    return Work(lambda: encoder.embed(prompt), lambda: encoder.embed(prompt), umt5_flops(size, length))
+    residency = pipeline.residency
+
+    def encode() -> Tensor:
+        with residency.text():
+            return encoder.embed(prompt)
+
+    return Work(encode, encode, umt5_flops(size, length))
 
 
 def random_latents(pipeline: Pipeline, device: torch.device, video: Video) -> Tensor:

@@ -5,6 +5,7 @@ the official Wan code. Parameter names are the official checkpoint keys. No deco
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,10 @@ class UMT5Config:
             )
 
 
+# how a block is called: with x [B, L, dim], which it returns the same, buckets and padding
+BlockCall = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
+
+
 class UMT5Encoder(nn.Module):
     """Token ids to text embeddings (Chung et al. 2023, arXiv:2304.09151; Wan's `T5Encoder`)."""
 
@@ -43,18 +48,19 @@ class UMT5Encoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.eps)
+        self.call_block: BlockCall = Block.__call__
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Encode int64 `ids` [B, L] to [B, L, dim] in the weights' dtype.
+        """Encode int64 `ids` [B, L] to [B, L, dim] in the weights' dtype, on the device of `ids`.
 
         `mask` [B, L], bool or int, is 1 at tokens and 0 at padding, which no token then attends to; the rows
         of padding hold values without a meaning. None: every id is a token.
         """
         buckets = relative_buckets(ids.shape[1], self.config, ids.device)
         is_padding = None if mask is None else (mask == 0)[:, None, None, :]  # [B, 1, 1, L], along the keys
-        x: Tensor = self.token_embedding(ids)
+        x: Tensor = self.token_embedding(ids.to(self.token_embedding.weight.device)).to(ids.device)
         for block in self.blocks:
-            x = block(x, buckets, is_padding)
+            x = self.call_block(block, x, buckets, is_padding)
         encoded: Tensor = self.norm(x)
         return encoded
 

@@ -6,7 +6,7 @@ and the operation before it gives that. It knows no device, no rank and no cache
 (`self_attn.attention`), and so is how a block is called; `shard=` and `around=` come with the call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -140,6 +140,9 @@ class CrossAttention(nn.Module):
         return self.o(self.attention(q, *text).flatten(-2))
 
 
+TextCall = Callable[[CrossAttention, Tensor], tuple[Tensor, Tensor]]  # how the above `encode_text` is called
+
+
 class WanBlock(nn.Module):
     """Self-attention and feed-forward, modulated and gated by the time, with cross-attention between."""
 
@@ -211,6 +214,7 @@ class WanDiT(nn.Module):
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self.call_block: BlockCall = WanBlock.__call__
+        self.call_text: TextCall = CrossAttention.encode_text
 
     @staticmethod
     def parts_of(name: str) -> tuple[str, ...]:
@@ -232,7 +236,7 @@ class WanDiT(nn.Module):
         dtype = self.patch_embedding.weight.dtype
         padded = F.pad(text.to(dtype), (0, 0, 0, self.config.text_len - text.shape[1]))
         projected = self.text_embedding(padded)  # [B, text_len, d]
-        return TextCache(tuple(block.cross_attn.encode_text(projected) for block in self.block_list()))
+        return TextCache(tuple(self.call_text(block.cross_attn, projected) for block in self.block_list()))
 
     def forward(
         self,

@@ -107,7 +107,32 @@ def test_loading_leaves_the_composed_configuration_as_it_was():
         ("infer.diffusion.cp_size", "-2", r"infer\.diffusion\.cp_size=-2: must be auto or a whole number"),
         ("infer.diffusion.cp_size", "all", r"infer\.diffusion\.cp_size=all: must be auto or a whole number"),
         ("infer.diffusion.up_limit", 0, r"infer\.diffusion\.up_limit=0: must be at least 1"),
-        ("infer.diffusion.low_mem_level", 2, r"infer\.diffusion\.low_mem_level=2: not available"),
+        ("infer.diffusion.low_mem_level", 5, r"infer\.diffusion\.low_mem_level=5: must be a whole number"),
+        ("infer.diffusion.low_mem_level", -1, r"infer\.diffusion\.low_mem_level=-1: must be a whole number"),
+        ("infer.diffusion.low_mem_level", "all", r"infer\.diffusion\.low_mem_level=all: must be a whole"),
+        (
+            "infer.diffusion.low_mem_level",
+            "auto",
+            r"infer\.diffusion\.low_mem_level=auto: not in this version",
+        ),
+        ("infer.diffusion.stream_dtype", "int4", r"infer\.diffusion\.stream_dtype=int4: choose one of model"),
+        ("infer.diffusion.stream_dtype", "float8_e4m3fn", r"stream_dtype=float8_e4m3fn: only .*level=4"),
+        ("infer.diffusion.resident_gb", 3, r"infer\.diffusion\.resident_gb=3: at .*level=0 no block"),
+        (
+            "infer.diffusion.resident_gb",
+            -1.5,
+            r"infer\.diffusion\.resident_gb=-1\.5: must be auto or a number",
+        ),
+        (
+            "infer.diffusion.resident_gb",
+            "some",
+            r"infer\.diffusion\.resident_gb=some: must be auto or a number",
+        ),
+        (
+            "infer.diffusion.resident_gb",
+            "nan",
+            r"infer\.diffusion\.resident_gb=nan: must be auto or a number",
+        ),
         ("infer.diffusion.flexcache_max_gb", 0, r"infer\.diffusion\.flexcache_max_gb=0\.0: must be above 0"),
         ("infer.diffusion.flexcache_max_gb", float("nan"), r"flexcache_max_gb=nan: must be above 0"),
         ("eval.eval_type", 3, r"eval\.eval_type=3: write a list of metrics"),
@@ -165,6 +190,15 @@ def test_sizes_to_warm_up_are_read_as_numbers():
 def test_degrees_may_be_given_as_text():
     degrees = load(composed("infer.diffusion.cfg_size='2'", "infer.diffusion.cp_size='4'")).infer.diffusion
     assert (degrees.cfg_size, degrees.cp_size) == (2, 4)
+
+
+def test_memory_may_be_given_as_text_and_is_read_as_numbers():
+    words = ["low_mem_level='4'", "resident_gb='2.5'", "stream_dtype=float8_e4m3fn"]
+    memory = load(composed(*(f"infer.diffusion.{word}" for word in words))).infer.diffusion
+    assert (memory.level, memory.resident_bytes) == (4, 2_500_000_000)
+    assert load(composed("infer.diffusion.low_mem_level=4")).infer.diffusion.resident_bytes == 0
+    whole = load(composed("infer.diffusion.low_mem_level=4", "infer.diffusion.resident_gb=3")).infer.diffusion
+    assert whole.resident_bytes == 3_000_000_000
 
 
 def test_degrees_are_found_unless_they_are_given():

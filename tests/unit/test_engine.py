@@ -519,7 +519,8 @@ def test_out_of_memory_fails_the_task_with_advice_and_the_engine_goes_on(engine,
     assert following.status == Status.Completed
     assert task.status == Status.Failed
     assert task.error_message.startswith(
-        "out of memory; ask for a smaller size, fewer frames, or infer.max_reqs=1"
+        "out of memory; ask for a smaller size, fewer frames, infer.max_reqs=1, or a higher "
+        "infer.diffusion.low_mem_level"
     )
 
 

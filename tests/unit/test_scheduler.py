@@ -81,6 +81,16 @@ def test_one_at_a_time_finishes_a_task_before_a_more_urgent_one_begins():
     assert turns(scheduler, pool, 2) == ["a1", "a1"]
 
 
+@pytest.mark.parametrize("policy", ["fifo", "priority", "round_robin"])
+def test_one_by_one_a_task_runs_to_its_end_whatever_the_policy(policy):
+    pool, scheduler = pool_of("a1"), DiffusionScheduler(policy, max_reqs=8, one_by_one=True)
+    assert turns(scheduler, pool, 1) == ["a1"]
+    pool.add(DiffusionTask("b1", req=DiffusionUserRequest("b1", DiffusionUserParams(role="b", priority=9))))
+    assert turns(scheduler, pool, 3) == ["a1"] * 3
+    pool.pool["a1"].status = DiffusionTaskStatus.Cancelled
+    assert turns(scheduler, pool, 2) == ["b1"] * 2
+
+
 def test_nothing_to_do_gives_an_empty_list():
     scheduler = DiffusionScheduler()
     assert scheduler.schedule(TaskPool()) == []
