@@ -30,7 +30,10 @@ class Key(NamedTuple):
 BACKEND_NAMES = ("auto", "srun", "torchrun", "local")
 FLAG: Kind = (lambda value: isinstance(value, bool), "true or false")
 COUNT: Kind = (lambda value: type(value) is int and value >= 1, "an integer of 1 or more")
-LEVEL: Kind = (lambda value: type(value) is int and 0 <= value <= 4, "an integer from 0 to 4")
+LEVEL: Kind = (
+    lambda value: value == "auto" or (type(value) is int and 0 <= value <= 4),
+    "an integer from 0 to 4, or auto",
+)
 DEGREE: Kind = (lambda value: value == "auto" or (type(value) is int and value in (1, 2)), "1, 2 or auto")
 BACKEND: Kind = (lambda value: value in BACKEND_NAMES, "auto, srun, torchrun or local")
 TEXT: Kind = (

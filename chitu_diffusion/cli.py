@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from chitu_core import launch, plugins
 from chitu_core import logging as chitu_logging
-from chitu_core.config import VideoSize, load
+from chitu_core.config import ModelConfig, VideoSize, load
 from chitu_core.distributed import RankFailure
 from chitu_core.environment import Environment
 from chitu_diffusion import run_eval
@@ -174,7 +174,7 @@ def _generate(options: argparse.Namespace) -> int:
     chitu_logging.setup(environment)
     config = load(args)
     check_types(config.eval.eval_type)
-    engine = Engine(config, TaskPool(), environment)
+    engine = Engine(config, TaskPool(), environment, expected=[_video(one, config.models) for one in params])
     shows_bar = sys.stderr.isatty() and not environment.debug and environment.rank == 0
     if shows_bar:
         chitu_logging.set_console_level(logging.WARNING)
@@ -260,6 +260,14 @@ def _user_params(options: argparse.Namespace, prompt: str) -> DiffusionUserParam
         fps=options.fps,
         save_path=options.output,
         flexcache_params=_flexcache(options),
+    )
+
+
+def _video(params: DiffusionUserParams, model: ModelConfig) -> VideoSize:
+    """The size of a request, which the memory plan makes room for."""
+    video = model.video
+    return VideoSize(
+        params.width or video.width, params.height or video.height, params.num_frames or video.num_frames
     )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from chitu_core.config import InferConfig
 from chitu_core.distributed import ParallelMesh
+from chitu_diffusion.memory_setting import DIT_ON_HOST
 from chitu_diffusion.models.wan import TextCache, WanDiT
-from chitu_diffusion.placing import DIT_ON_HOST
 from chitu_diffusion.sequence import SequenceShard
 
 logger = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ record the same: only `step` changes a task's status, so a loop that every rank 
 
 import json
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from enum import Enum
@@ -15,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from chitu_core import memory
-from chitu_core.config import Config, InferConfig
+from chitu_core.config import Config, InferConfig, VideoSize
 from chitu_core.distributed import Degrees, RankFailure, open_mesh, plan_degrees
 from chitu_core.environment import Environment
 from chitu_diffusion.attention_plan import AttentionPlan, plan_attention
@@ -23,15 +24,18 @@ from chitu_diffusion.cache_plan import CachePlan
 from chitu_diffusion.generator import Generator
 from chitu_diffusion.guidance import needs_cfg
 from chitu_diffusion.ledger import Ledger
+from chitu_diffusion.memory_choice import Limits
+from chitu_diffusion.memory_gate import MemoryGate, least, own_limits, settle, videos_of
+from chitu_diffusion.memory_setting import DIT_ON_HOST, Setting
 from chitu_diffusion.orders import Orders, Report, Run
 from chitu_diffusion.outputs import RequestRecord
-from chitu_diffusion.placing import DIT_ON_HOST
 from chitu_diffusion.prepare import (
     Pipeline,
     Survey,
     build_pipeline,
     pick_device,
     pick_dtype,
+    pick_vae_chunk,
     spec_of,
     survey,
 )
@@ -59,13 +63,19 @@ class BackendState(Enum):
 class Engine:
     """Everything that one process runs, built from one configuration. Two engines do not see each other."""
 
-    def __init__(self, config: Config, pool: TaskPool, environment: Environment) -> None:
-        """Join the other ranks and build all networks.
+    def __init__(
+        self,
+        config: Config,
+        pool: TaskPool,
+        environment: Environment,
+        *,
+        expected: Sequence[VideoSize] = (),
+    ) -> None:
+        """Join the other ranks and build all networks; `low_mem_level=auto` makes room for `expected` videos.
 
         Raises ValueError for a configuration or a checkpoint that cannot work; what can be told without other
         ranks is told before they are joined. Raises RuntimeError for what went wrong on another rank.
         """
-        self.config = config
         self.pool = pool
         local = (environment.local_rank, environment.local_world_size)
         self.device = pick_device(config.infer.op_impl, *local)
@@ -82,13 +92,22 @@ class Engine:
             self.mesh = open_mesh(degrees, environment, self.device)
             undo.callback(self.mesh.close)
             self.channel = self.mesh.channel()
-            self._check_alike(attention)
+            self._check_alike(config, attention)
+            limits = self._limits()
+            setting = _setting(config, found, degrees, environment)
+            videos = videos_of(config, expected)
+            self.config = config = settle(config, setting, limits, videos)
+            diffusion = config.infer.diffusion
+            each = diffusion.resident_bytes // len(found.sizes.experts)
+            gate = MemoryGate(setting, limits, diffusion.level, each)
+            gate.announce(videos)
             pipeline = self._build(found, attention)
             undo.pop_all()
         self.log = StageLog(environment, config.output.enable_timer_dump, is_quiet=not self.mesh.is_leader)
         self.scheduler = _scheduler(config.infer, cache_plan.limit_bytes)
-        self.ledger = Ledger(pool, self.mesh, config, cache_plan, self.log)
-        generator = Generator(pipeline, config, self.mesh, self.folder, self.device, cache_plan=cache_plan)
+        self.ledger = Ledger(pool, self.mesh, config, self.log, cache_plan=cache_plan, gate=gate)
+        folder, device = self.folder, self.device
+        generator = Generator(pipeline, config, self.mesh, folder, device, cache_plan=cache_plan, gate=gate)
         self._warm_up(generator)
         self.generator: Generator | None = generator
         self._is_amid_step = False
@@ -199,11 +218,18 @@ class Engine:
         assert pipeline is not None
         return pipeline
 
-    def _check_alike(self, attention: AttentionPlan) -> None:
+    def _limits(self) -> Limits | None:
+        """The memory that every rank has free, before anything is loaded; None without a GPU."""
+        own = own_limits(self.device)
+        texts = self.channel.gather(json.dumps(None if own is None else asdict(own)))
+        found = [None if one is None else Limits(**one) for one in map(json.loads, texts)]
+        return least(found)
+
+    def _check_alike(self, config: Config, attention: AttentionPlan) -> None:
         """Ranks that differ would compute different things without a word. Raises ValueError."""
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         own = {
-            "configuration": OmegaConf.to_yaml(asdict(self.config)),
+            "configuration": OmegaConf.to_yaml(asdict(config)),
             "device": gpu,
             "torch": torch.__version__,
             "attention": attention.name,
@@ -279,6 +305,14 @@ class Engine:
     def _free(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _setting(config: Config, found: Survey, degrees: Degrees, environment: Environment) -> Setting:
+    """What the memory plan must know of this launch."""
+    vae_dtype = torch.bfloat16 if config.infer.vae_dtype == "bfloat16" else torch.float32
+    chunk = pick_vae_chunk(config.infer.vae_chunk, torch.device(found.place.device_type), vae_dtype)
+    ranks = environment.local_world_size
+    return Setting.of(config, found.sizes, found.place, vae_chunk=chunk, degrees=degrees, local_ranks=ranks)
 
 
 def _scheduler(infer: InferConfig, cache_limit: float) -> DiffusionScheduler:

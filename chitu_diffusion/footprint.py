@@ -1,10 +1,11 @@
-"""Bytes that each network takes: its weights, counted on the meta device, and what a pass over it holds.
+"""Bytes of the transformer and the text encoder: weights, counted on the meta device, and what a pass holds.
 
 A pass is walked as the modules run it on a GPU, with fused operations. What a waiting frame still names
-counts as alive. Left out: what a kernel needs inside itself, and the pools of recorded CUDA graphs.
+counts as alive. Left out: the VAE, which `vaes/_footprint.py` follows, what a kernel needs inside itself, and
+the pools of recorded CUDA graphs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -16,14 +17,12 @@ from chitu_core.ops.rows import FP8
 from chitu_diffusion.encoders.umt5 import UMT5Config, UMT5Encoder
 from chitu_diffusion.models.wan import WanConfig, WanDiT
 from chitu_diffusion.quantisation import kept_blocks, put_fp8_layers
-from chitu_diffusion.vaes.wan import WanVAE, WanVAEConfig
 
 FP32_BYTES = 4
 _TYPICAL_LAYERS = 4  # first, two inner ones, last: the least that `kept_blocks` treats as a long network
 _SCALES_BYTES = FP32_BYTES  # of a token, under quant=fp8
 _INDEX_BYTES = 8  # int64
 _TEXT_PROJECTION = ("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k.")
-_PAST_FRAMES = 2  # that a causal convolution of three looks back to
 
 
 @dataclass(frozen=True)
@@ -76,12 +75,6 @@ def umt5_weights(size: UMT5Config, dtype: torch.dtype) -> Weights:
         typical = UMT5Encoder(replace(size, num_layers=min(size.num_layers, _TYPICAL_LAYERS)))
     weights = _spread(_weigh(typical, lambda _: dtype), size.num_layers)
     return replace(weights, table=typical.token_embedding.weight.numel() * dtype.itemsize)
-
-
-def vae_weights(size: WanVAEConfig, dtype: torch.dtype) -> Weights:
-    """Weights of an autoencoder in `dtype`."""
-    with torch.device("meta"):
-        return _weigh(WanVAE(size), lambda _: dtype)
 
 
 def _weigh(module: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> Weights:
@@ -186,88 +179,3 @@ def umt5_bytes(size: UMT5Config, dtype: torch.dtype, length: int) -> int:
     hidden = length * size.ffn_dim * e
     feed_forward = 3 * stream + 5 * hidden  # fc1, gate's input and three of its single operations
     return buckets + bias + max(attention, feed_forward)
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """One convolution of a decode: what is alive beside its input as it takes it, in elements.
-
-    `past` are the last frames of that input, which stay until the next chunk; `forms` its weight once more.
-    """
-
-    alive: int
-    past: int = 0
-    forms: int = 0
-
-
-def vae_peak_bytes(
-    size: WanVAEConfig, dtype: torch.dtype, rows: int, columns: int, *, chunk: int = 1, shifted_width: int = 0
-) -> int:
-    """What a decode of rows x columns latent positions holds at most, above weights and latents.
-
-    `chunk` latent frames pass at once. `shifted_width` is the most channels of a convolution that is computed
-    without a second result (`chitu_core.ops.conv.SHIFTED_WIDTHS`; 0 where all are cuDNN's).
-    """
-    shifted = shifted_width if dtype.itemsize == 2 else 0
-    moments = list(_decode(size, rows, columns, chunk, shifted))
-    kept = sum(moment.past + moment.forms for moment in moments)
-    frames, height, width = (
-        side * step for side, step in zip((chunk, rows, columns), size.stride, strict=True)
-    )
-    pictures = frames * height * width * 3 * FP32_BYTES  # of the chunk before, which the caller still names
-    return dtype.itemsize * (kept + max(moment.alive for moment in moments)) + pictures
-
-
-def _decode(size: WanVAEConfig, rows: int, columns: int, chunk: int, shifted: int) -> Iterator[_Moment]:
-    """The decoder's convolutions in order, for a chunk that follows others."""
-    width, frames = size.base_dim * size.dim_mult[-1], chunk
-    places = rows * columns
-    yield _conv(frames, (rows, columns), (size.z_dim, width), held=2 * frames * places * size.z_dim)
-    for _ in range(2):
-        yield from _residual(frames, (rows, columns), (width, width), shifted)
-    yield _Moment(
-        frames * places * 7 * width
-    )  # x, its norm, q k v, out and the product, or k and v once more
-    for level, mult in reversed(list(enumerate(size.dim_mult))):
-        for _ in range(size.num_res_blocks + 1):
-            yield from _residual(frames, (rows, columns), (width, size.base_dim * mult), shifted)
-            width = size.base_dim * mult
-        if level > 0:
-            if size.temporal_downsample[level - 1]:
-                held = frames * rows * columns * width
-                yield _conv(frames, (rows, columns), (width, 2 * width), held=held, is_spatial=False)
-                frames *= 2
-            x, wide = frames * rows * columns * width, frames * (rows + 1) * (columns + 1) * 2 * width
-            yield _Moment(2 * x + wide + 2 * x, forms=8 * width**2)  # a chunk's x before and after its frames
-            rows, columns, width = 2 * rows, 2 * columns, width // 2
-    held = frames * rows * columns * width
-    yield _conv(frames, (rows, columns), (width, 3), held=held, shifted=shifted)
-
-
-def _residual(
-    frames: int, sides: tuple[int, int], widths: tuple[int, int], shifted: int
-) -> Iterator[_Moment]:
-    """The two convolutions of a residual block."""
-    places = frames * sides[0] * sides[1]
-    width_in, width_out = widths
-    x = places * width_in + (places * width_out if width_in != width_out else 0)  # the shortcut's result
-    yield _conv(frames, sides, widths, held=x, shifted=shifted)
-    yield _conv(frames, sides, (width_out, width_out), held=x + places * width_out, shifted=shifted)
-
-
-def _conv(
-    frames: int,
-    sides: tuple[int, int],
-    widths: tuple[int, int],
-    *,
-    held: int,
-    is_spatial: bool = True,
-    shifted: int = 0,
-) -> _Moment:
-    """One causal convolution: two frames of the past before its input, and its result, twice for the bias."""
-    is_shifted = is_spatial and max(widths) <= shifted
-    halo = 2 * is_shifted
-    plane = (sides[0] + halo) * (sides[1] + halo) * widths[0]
-    result = frames * sides[0] * sides[1] * widths[1] * (1 if is_shifted else 2)
-    forms = 27 * widths[0] * widths[1] * is_shifted
-    return _Moment(held + (frames + _PAST_FRAMES) * plane + result, _PAST_FRAMES * plane, forms)

@@ -18,10 +18,12 @@ from chitu_core.config import Config
 from chitu_core.distributed import ParallelMesh
 from chitu_core.timing import Timer
 from chitu_diffusion.cache_plan import CachePlan
+from chitu_diffusion.encoders.tokenizer import TokenizedPrompt
 from chitu_diffusion.flex_cache._base import Services
 from chitu_diffusion.flex_cache._picture import write
 from chitu_diffusion.guidance import branches_of, guided_prediction, guided_velocity, needs_cfg
 from chitu_diffusion.media import WRITE_ERRORS, VideoWriter, to_pixels, write_json
+from chitu_diffusion.memory_gate import MemoryGate
 from chitu_diffusion.outputs import check_writable, video_stem
 from chitu_diffusion.params import SOLVERS
 from chitu_diffusion.prepare import Pipeline
@@ -34,6 +36,7 @@ from chitu_diffusion.sequence import NO_SHARD
 from chitu_diffusion.stage_log import StageLog
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskType
 from chitu_diffusion.vaes._strips import Strips
+from chitu_diffusion.vaes._tiles import decode_tiled
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ class Generator:
         device: torch.device,
         *,
         cache_plan: CachePlan,
+        gate: MemoryGate,
     ) -> None:
         self.pipeline = pipeline
         self.config = config
@@ -60,6 +64,7 @@ class Generator:
         self.folder = folder
         self.device = device
         self._cache_plan = cache_plan
+        self._gate = gate
         self._agree = mesh.agreement()
         self._pair = mesh.branches()
         self._line = mesh.line()
@@ -103,11 +108,13 @@ class Generator:
         if self.mesh.is_leader:
             self._check_outputs(params)
         own = {branch for scale in scales for branch in branches_of(scale, self._pair)}
-        with self.pipeline.residency.text():
-            buffer.text_embeddings = self._encode("prompt", params.prompt, task, log, "cond" in own)
-            if any(needs_cfg(scale) for scale in scales):
-                text = params.negative_prompt
-                buffer.negative_embeddings = self._encode("negative_prompt", text, task, log, "uncond" in own)
+        texts = {"cond": self._tokens("prompt", params.prompt, task, log)}
+        if any(needs_cfg(scale) for scale in scales):
+            texts["uncond"] = self._tokens("negative_prompt", params.negative_prompt, task, log)
+        found = self.pipeline.prompt_encoder.embed_all(
+            {branch: text for branch, text in texts.items() if branch in own}
+        )
+        buffer.text_embeddings, buffer.negative_embeddings = found.get("cond"), found.get("uncond")
         self._start_denoise(task, log)
         return Stage.Denoise
 
@@ -191,25 +198,28 @@ class Generator:
 
     def pixels(self, latents: Tensor) -> Iterator[Tensor | None]:
         """Pictures [n, H, W, 3] uint8, chunk by chunk, on the leader; None on the replica's other ranks."""
+        vae, chunk = self.pipeline.vae, self.pipeline.vae_chunk
+        plan = self.pipeline.tile_plan(*latents.shape[-2:])
+        if plan is not None:
+            yield from decode_tiled(vae, latents, plan, chunk, to_pixels)
+            return
         if self._line is None:
-            yield from map(to_pixels, self.pipeline.vae.decode(latents, self.pipeline.vae_chunk))
+            yield from map(to_pixels, vae.decode(latents, chunk))
             return
         strips = Strips(self._line, *latents.shape[-2:])
         scale = self.pipeline.spec.vae_stride[1]
-        for frames in self.pipeline.vae.decode(latents, self.pipeline.vae_chunk, strips):
+        for frames in vae.decode(latents, chunk, strips):
             yield strips.collect(to_pixels(frames), scale)
 
-    def _encode(
-        self, key: str, text: str, task: DiffusionTask, log: StageLog, is_needed: bool
-    ) -> Tensor | None:
-        """Embeddings of a text where this rank needs them; that one is too long is remarked on every rank."""
+    def _tokens(self, key: str, text: str, task: DiffusionTask, log: StageLog) -> TokenizedPrompt:
+        """A text's tokens; that there are too many is remarked on every rank."""
         tokens = self.pipeline.prompt_encoder.tokenize(text)
         if tokens.num_dropped:
             limit = self.pipeline.spec.text_len
             remark = f"{key} is longer than {limit} tokens; {tokens.num_dropped} were dropped"
             log.warning(task.task_id, remark)
             task.warnings.append(remark)
-        return self.pipeline.prompt_encoder.embed(tokens) if is_needed else None
+        return tokens
 
     def _start_denoise(self, task: DiffusionTask, log: StageLog) -> None:
         """Draw the noise from the task's seed on the device and build the task's own sampler.
@@ -329,6 +339,7 @@ class Generator:
             device=self.device,
             mesh=self.mesh,
             flexcache=self._reuse_of(task),
+            memory_plan=self._gate.record(_params(task), task.cache_bytes),
         )
         write_json(Path(result.video_path).with_suffix(".json"), result)
         task.result = result  # not before the record is on disk: a task with a result has all its files

@@ -8,6 +8,7 @@ import time
 from chitu_core.config import Config
 from chitu_core.distributed import ParallelMesh
 from chitu_diffusion.cache_plan import CachePlan
+from chitu_diffusion.memory_gate import MemoryGate
 from chitu_diffusion.orders import Orders, Report, Run
 from chitu_diffusion.resolve import remarks, resolve
 from chitu_diffusion.result import TaskResult
@@ -28,10 +29,18 @@ class Ledger:
     """The tasks of one engine; it alone changes a task's status."""
 
     def __init__(
-        self, pool: TaskPool, mesh: ParallelMesh, config: Config, cache_plan: CachePlan, log: StageLog
+        self,
+        pool: TaskPool,
+        mesh: ParallelMesh,
+        config: Config,
+        log: StageLog,
+        *,
+        cache_plan: CachePlan,
+        gate: MemoryGate,
     ) -> None:
         self.pool = pool
         self.cache_plan = cache_plan
+        self.gate = gate
         self.mesh = mesh
         self.config = config
         self.log = log
@@ -63,7 +72,7 @@ class Ledger:
             if self.mesh.rank == 0:
                 self.log.warning(task.task_id, remark)
             task.warnings.append(remark)
-        refusal = plan.refusal(params)
+        refusal = plan.refusal(params) or self.gate.refusal(params, task.cache_bytes)
         if refusal is not None:
             self.finish(task, DiffusionTaskStatus.Failed, refusal)
 

@@ -5,14 +5,16 @@ Arithmetic alone, over `memory_plan`. Advice is tried before it is given.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from chitu_core.config import VideoSize
 from chitu_core.memory import GIB
 from chitu_core.ops.fp8 import ALIGNMENT
+from chitu_diffusion.memory_decode import Decode, plan_decode
 from chitu_diffusion.memory_plan import Plan, plan_memory
-from chitu_diffusion.memory_setting import LEVELS, STREAMED, Setting
+from chitu_diffusion.memory_setting import LEVELS, STREAMED, TILED, Setting
 
 MARGIN_SHARE, MARGIN_BYTES = 0.05, GIB // 2  # the larger one stays free: contexts, and what allocators waste
 _GB = 10**9
@@ -56,10 +58,22 @@ class Need:
 
     def plan(self, level: int, resident_blocks: int = 0) -> Plan:
         """Its plan at a level."""
-        cache = self.cache_bytes
         return plan_memory(
-            self.setting, self.video, level, cache_bytes=cache, resident_blocks=resident_blocks
+            self.setting,
+            self.video,
+            level,
+            cache_bytes=self.cache_bytes,
+            resident_blocks=resident_blocks,
+            decode=self._in_tiles if level >= TILED else self._whole,
         )
+
+    @cached_property
+    def _whole(self) -> Decode:
+        return plan_decode(self.setting, self.video, 0)
+
+    @cached_property
+    def _in_tiles(self) -> Decode:
+        return plan_decode(self.setting, self.video, TILED)
 
 
 def choose_level(need: Need, limits: Limits) -> Plan:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from chitu_core.config import VideoSize
 from chitu_diffusion.bench._floor import decode_flops, umt5_flops
-from chitu_diffusion.memory_setting import DIT_ON_HOST, STREAMED, TEXT_ON_HOST, TILED, Setting
+from chitu_diffusion.memory_setting import DIT_ON_HOST, STREAMED, TEXT_ON_HOST, Setting
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,6 @@ class Rates:
     host_bytes: float = 50e9
     vae_share: float = 0.65
     vae_fp32_share: float = 0.23
-
-
-def tile_work(setting: Setting, rows: int, columns: int) -> float:
-    """Latent positions that tiles decode, overlaps counted each time, over those of the image."""
-    scale = setting.sizes.vae.stride[1]
-    side, stride = setting.tile_px // scale, setting.tile_stride_px // scale
-    factor = 1.0
-    for length in (rows, columns):
-        starts = range(0, max(length - side, 0) + stride, stride) if length > side else range(1)
-        factor *= sum(min(side, length - start) for start in starts if start < length) / length
-    return factor
 
 
 def _forward_s(setting: Setting, video: VideoSize, rates: Rates) -> float:
@@ -55,12 +44,14 @@ def base_s(setting: Setting, video: VideoSize, rates: Rates) -> float:
     return text + forwards + _decode_s(setting, video, rates)
 
 
-def added_s(setting: Setting, video: VideoSize, level: int, resident: int, rates: Rates) -> float:
-    """What a level adds to it: work on overlaps, and copies that computation does not hide."""
-    seconds = 0.0
-    if level >= TILED:
-        _, rows, columns = setting.latent(video)
-        seconds += (tile_work(setting, rows, columns) - 1) * _decode_s(setting, video, rates)
+def added_s(
+    setting: Setting, video: VideoSize, level: int, resident: int, rates: Rates, *, tile_work: float
+) -> float:
+    """What a level adds to it: copies that computation does not hide, and work on what tiles share.
+
+    `tile_work` is all work of the decode, relative to the whole image's.
+    """
+    seconds = (tile_work - 1) * _decode_s(setting, video, rates)
     encoder, dit = setting.text_encoder, setting.transformer
     if TEXT_ON_HOST <= level < STREAMED:
         seconds += (encoder.total - encoder.table) / rates.host_bytes

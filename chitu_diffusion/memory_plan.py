@@ -5,13 +5,15 @@ Arithmetic alone: nothing is loaded and no device is asked. `memory_choice.py` p
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from chitu_core._staging import STAGING
 from chitu_core.config import VideoSize
 from chitu_core.memory import GIB
-from chitu_diffusion.footprint import FP32_BYTES, dit_bytes, text_cache_bytes, umt5_bytes, vae_peak_bytes
+from chitu_diffusion.footprint import FP32_BYTES, dit_bytes, text_cache_bytes, umt5_bytes
 from chitu_diffusion.memory_cost import Rates, added_s, base_s
-from chitu_diffusion.memory_setting import DIT_ON_HOST, LEVELS, STREAMED, TEXT_ON_HOST, TILED, Setting
+from chitu_diffusion.memory_decode import Decode, plan_decode
+from chitu_diffusion.memory_setting import DIT_ON_HOST, LEVELS, STREAMED, TEXT_ON_HOST, Setting
 
 SLABS = 2  # device buffers that blocks pass through
 _LATENTS = 5  # fp32 copies beside a forward: the sample, a branch's velocity, three of the sampler's history
@@ -19,7 +21,7 @@ _LATENTS = 5  # fp32 copies beside a forward: the sample, a branch's velocity, t
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a run: where it lives, and its bytes on the device in each stage, and pinned on the host."""
+    """A part of a run: where it lives, and its bytes on the device in each stage, and on the host."""
 
     name: str
     place: str
@@ -88,29 +90,34 @@ def plan_memory(
     *,
     cache_bytes: int = 0,
     resident_blocks: int = 0,
+    decode: Decode | None = None,
     rates: Rates | None = None,
 ) -> Plan:
     """What a request for `video` takes at a level. `cache_bytes` are what a step cache keeps on this rank.
 
-    At level 4 `resident_blocks` of each transformer stay on the device. Raises ValueError for a level that is
-    none, and for blocks that are not there to stay.
+    At level 4 `resident_blocks` of each transformer stay on the device. `decode` is what `plan_decode` gives,
+    where it is known. Raises ValueError for a level that is none, and for blocks that are not there to stay.
     """
     if level not in LEVELS:
         raise ValueError(f"infer.diffusion.low_mem_level={level}: must be 0 to {LEVELS[-1]}")
     most = setting.sizes.dit.num_layers if level >= STREAMED else 0
     if not 0 <= resident_blocks <= most:
         raise ValueError(f"resident_blocks={resident_blocks}: must be 0 to {most} at level {level}")
+    decode = decode or plan_decode(setting, video, level)
     parts = (
         _text_encoder(setting, level),
         *_transformers(setting, level, resident_blocks),
-        _everywhere("VAE", "device", setting.vae.total),
+        _everywhere("VAE", "device", setting.vae_bytes),
         *_passing(setting, video, level),
+        Part("activations of decoding", "device", decode=decode.device_bytes),
+        Part("features and pictures of tiles", "host, while decoding", host=decode.host_bytes),
         Part("step cache", "device, for denoising", denoise=cache_bytes),
     )
     staging = STAGING.buffers * STAGING.buffer_bytes
     host = setting.local_ranks * (sum(part.host for part in parts) + staging)
     rates = rates or Rates()
-    base, added = base_s(setting, video, rates), added_s(setting, video, level, resident_blocks, rates)
+    base = base_s(setting, video, rates)
+    added = added_s(setting, video, level, resident_blocks, rates, tile_work=decode.work)
     return Plan(
         level=level,
         resident_blocks=resident_blocks if level >= STREAMED else None,
@@ -164,10 +171,9 @@ def _slab_bytes(setting: Setting, resident: int) -> int:
 
 
 def _passing(setting: Setting, video: VideoSize, level: int) -> Iterator[Part]:
-    """What is no weight."""
+    """What is no weight, but for what a decode holds."""
     dit, dtype = setting.sizes.dit, setting.dtype
-    frames, rows, columns = setting.latent(video)
-    latents = _LATENTS * setting.sizes.vae.z_dim * frames * rows * columns * FP32_BYTES
+    latents = _LATENTS * setting.sizes.vae.z_dim * prod(setting.latent(video)) * FP32_BYTES
     yield Part("latents", "device", denoise=latents, decode=latents)
     texts = setting.own_branches * text_cache_bytes(dit, dtype)
     yield Part("keys and values of text", "device", denoise=texts, decode=texts)
@@ -180,24 +186,3 @@ def _passing(setting: Setting, video: VideoSize, level: int) -> Iterator[Part]:
     tokens = setting.tokens(video)
     forward = dit_bytes(dit, dtype, tokens, quant=setting.quant, degrees=setting.degrees)
     yield Part("activations of denoising", "device", denoise=forward)
-    rows, columns = _decoded_sides(setting, rows, columns, level)
-    decode = vae_peak_bytes(
-        setting.sizes.vae,
-        setting.vae_dtype,
-        rows,
-        columns,
-        chunk=setting.vae_chunk,
-        shifted_width=setting.shifted_width,
-    )
-    yield Part("activations of decoding", "device", decode=decode)
-
-
-def _decoded_sides(setting: Setting, rows: int, columns: int, level: int) -> tuple[int, int]:
-    """Latent rows and columns decoded at once: a rank's strip of the longer side, or a tile of it."""
-    short, long = sorted((rows, columns))
-    if setting.degrees.replica > 1:
-        long = min(long, -(-long // setting.degrees.replica) + 2)  # with a line of either neighbour
-    if level >= TILED:
-        side = setting.tile_px // setting.sizes.vae.stride[1]
-        short, long = min(short, side), min(long, side)
-    return short, long

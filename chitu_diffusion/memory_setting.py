@@ -13,16 +13,18 @@ import torch
 from chitu_core.attention import Place
 from chitu_core.config import Config, VideoSize
 from chitu_core.distributed.degrees import Degrees
-from chitu_core.ops.conv import SHIFTED_WIDTHS
 from chitu_core.ops.fp8 import LOWEST_CAPABILITY
-from chitu_diffusion.footprint import Block, Weights, dit_weights, umt5_weights, vae_weights
+from chitu_diffusion.footprint import Block, Weights, dit_weights, umt5_weights
 from chitu_diffusion.guidance import BOTH, needs_cfg
+from chitu_diffusion.vaes.wan import WanVAE
 
 if TYPE_CHECKING:
     from chitu_diffusion.prepare import Sizes
 
 LEVELS = range(5)
 TILED, TEXT_ON_HOST, DIT_ON_HOST, STREAMED = 1, 2, 3, 4  # the level from which on
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_STREAM_DTYPES = {"model": None, "float8_e4m3fn": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,7 @@ class Setting:
 
     `branches` are those of guidance; `tasks` may be begun and unfinished at once; `local_ranks` processes
     share this machine's memory; `stream_dtype` is how streamed blocks are stored (None: as they are
-    computed); `shifted_width` is that of `footprint.vae_peak_bytes`; `has_fp8` says that the device
-    multiplies in fp8.
+    computed); `capability` is that of the GPU, None for a CPU.
     """
 
     sizes: "Sizes"
@@ -48,8 +49,7 @@ class Setting:
     local_ranks: int = 1
     tile_px: int = 256
     tile_stride_px: int = 192
-    shifted_width: int = 0
-    has_fp8: bool = True
+    capability: tuple[int, int] | None = None
 
     @classmethod
     def of(
@@ -63,22 +63,29 @@ class Setting:
         local_ranks: int = 1,
     ) -> "Setting":
         """That of a configuration, for networks of `sizes` that run at `place`."""
-        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        infer = config.infer
         scales = config.models.sampler.guidance_scale
         return cls(
             sizes=sizes,
             dtype=place.dtype,
-            vae_dtype=dtypes[config.infer.vae_dtype],
+            vae_dtype=_DTYPES[infer.vae_dtype],
             vae_chunk=vae_chunk,
             quant=config.quant,
+            stream_dtype=_STREAM_DTYPES[infer.diffusion.stream_dtype],
             branches=len(BOTH) if any(map(needs_cfg, scales)) else 1,
             steps=config.models.sampler.sample_steps,
-            tasks=1 if config.infer.schedule_policy == "fifo" else config.infer.max_reqs,
+            tasks=1 if infer.schedule_policy == "fifo" else infer.max_reqs,
             degrees=degrees or Degrees(),
             local_ranks=local_ranks,
-            shifted_width=0 if place.capability is None else SHIFTED_WIDTHS.get(place.capability, 0),
-            has_fp8=place.capability is None or place.capability >= LOWEST_CAPABILITY,
+            tile_px=infer.vae_tile_px,
+            tile_stride_px=infer.vae_tile_stride_px,
+            capability=place.capability,
         )
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether layers can be fp8; on a CPU they have an eager form."""
+        return self.capability is None or self.capability >= LOWEST_CAPABILITY
 
     @property
     def text_dtype(self) -> torch.dtype:
@@ -101,9 +108,15 @@ class Setting:
         return dit_weights(self.sizes.dit, self.dtype, self.quant)
 
     @cached_property
-    def vae(self) -> Weights:
+    def vae(self) -> WanVAE:
+        """The VAE, on the meta device, to count from."""
+        with torch.device("meta"):
+            return WanVAE(self.sizes.vae)
+
+    @property
+    def vae_bytes(self) -> int:
         """Weights of the VAE."""
-        return vae_weights(self.sizes.vae, self.vae_dtype)
+        return self.vae_dtype.itemsize * sum(parameter.numel() for parameter in self.vae.parameters())
 
     def latent(self, video: VideoSize) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a video."""

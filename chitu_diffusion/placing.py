@@ -16,11 +16,10 @@ from chitu_core.arena import Arena, Guest, Lane
 from chitu_core.block_stream import BlockStream, Streamed
 from chitu_core.slab import Selection, Slab, loaded_bytes, tensor_names
 from chitu_diffusion.encoders.umt5 import UMT5Encoder
+from chitu_diffusion.memory_setting import DIT_ON_HOST, STREAMED, TEXT_ON_HOST
 from chitu_diffusion.models.wan import WanDiT
 
 logger = logging.getLogger(__name__)
-
-TEXT_ON_HOST, DIT_ON_HOST, STREAMED = 2, 3, 4  # levels; each has what those below it have
 
 # a meta module, its part's name, the dtype of each parameter, the checkpoint's tensors that make it, its home
 Fill = Callable[[nn.Module, str, weights.DtypeOf, weights.PartsOf, weights.Home], None]

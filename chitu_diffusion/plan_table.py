@@ -1,6 +1,6 @@
 """What a video would take at every `infer.diffusion.low_mem_level`: `chitu doctor --plan`.
 
-For a GPU, whatever this machine has, at the sizes of the model YAML; no checkpoint is needed.
+For this machine's GPU, or an H100 where it has none, at the sizes of the model YAML; no checkpoint is needed.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,11 +15,12 @@ from chitu_core.memory import GIB, free_device_bytes, free_host_bytes
 from chitu_diffusion.memory_choice import Limits, Need, choose_level
 from chitu_diffusion.memory_plan import Plan
 from chitu_diffusion.memory_setting import LEVELS, STREAMED, Setting
-from chitu_diffusion.prepare import _yaml_sizes, dtype_name, pick_dtype, pick_vae_chunk
+from chitu_diffusion.prepare import dtype_name, pick_dtype, pick_vae_chunk, yaml_sizes
 
 _HEAD = ("level", "text", "denoise", "decode", "peak", "host", "slowdown")
+_STAND_IN = (9, 0)  # compute capability of the GPU where this machine has none: an H100
 _NOTE = (
-    f"GiB on the device by stage, and pinned on the host; level {STREAMED} without resident blocks. The "
+    f"GiB on the device by stage, and on the host; level {STREAMED} without resident blocks. The "
     "driver's own memory is not in it."
 )
 
@@ -54,7 +55,7 @@ def plan_table(config: Config, video: VideoSize) -> PlanTable:
     vae_dtype = torch.bfloat16 if infer.vae_dtype == "bfloat16" else torch.float32
     setting = Setting.of(
         config,
-        _yaml_sizes(config.models),
+        yaml_sizes(config.models),
         place,
         vae_chunk=pick_vae_chunk(infer.vae_chunk, torch.device("cuda"), vae_dtype),
         degrees=degrees,
@@ -75,7 +76,7 @@ def _row(plan: Plan) -> tuple[str, ...]:
 
 def _place(config: Config) -> Place:
     dtype, dit = pick_dtype(config.infer.dtype, torch.device("cuda")), config.models.transformer
-    capability = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else None
+    capability = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else _STAND_IN
     return Place("cuda", capability, dtype, dit.dim // dit.num_heads)
 
 

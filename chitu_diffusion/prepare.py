@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from chitu_core import weights
 from chitu_core.arena import Lane
 from chitu_core.attention import Place
-from chitu_core.config import Config, DiffusionConfig, ModelConfig
+from chitu_core.config import Config, DiffusionConfig, InferConfig, ModelConfig
 from chitu_core.distributed import ParallelMesh
 from chitu_core.distributed.collectives import TokenShard
 from chitu_core.ops.rows import HAS_TRITON
@@ -19,40 +19,24 @@ from chitu_diffusion.checkpoint.layout import Component, locate
 from chitu_diffusion.checkpoint.sizes import dit_config, umt5_config, vae_config
 from chitu_diffusion.compilation import choose_block_call
 from chitu_diffusion.cuda_graph import Forward, choose_forward
-from chitu_diffusion.encoders.tokenizer import PromptTokenizer, TokenizedPrompt
+from chitu_diffusion.encoders.tokenizer import PromptTokenizer
 from chitu_diffusion.encoders.umt5 import UMT5Config, UMT5Encoder
+from chitu_diffusion.memory_setting import STREAMED, TILED
 from chitu_diffusion.models.wan import WanConfig, WanDiT
-from chitu_diffusion.placing import STREAMED, Fill, Placing, both_experts_limit
+from chitu_diffusion.placing import Fill, Placing, both_experts_limit
+from chitu_diffusion.prompt_cache import PromptCache
+from chitu_diffusion.prompt_encoder import PromptEncoder
 from chitu_diffusion.quantisation import check_quantisation, quantise_layers
 from chitu_diffusion.residency import Residency
+from chitu_diffusion.resolve import ResolvedParams
 from chitu_diffusion.spec import ModelSpec, experts_of
+from chitu_diffusion.vaes._tile_plan import TilePlan, plan_tiles
 from chitu_diffusion.vaes.wan import WanVAE, WanVAEConfig, wan21
 
 logger = logging.getLogger(__name__)
 
 DEMO_TOKENIZER = Path(__file__).parent / "demo" / "tokenizer"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class PromptEncoder:
-    """Turns a prompt into the embeddings that condition the transformer.
-
-    What embeds must be inside `Residency.text`, for the encoder may live on the host.
-    """
-
-    def __init__(self, tokenizer: PromptTokenizer, encoder: UMT5Encoder, device: torch.device) -> None:
-        self.tokenizer = tokenizer
-        self.encoder = encoder
-        self.device = device
-
-    def tokenize(self, prompt: str) -> TokenizedPrompt:
-        """The prompt's tokens, and how many of them did not fit."""
-        return self.tokenizer.encode(prompt)
-
-    def embed(self, tokens: TokenizedPrompt) -> Tensor:
-        """Text embeddings [n, dim] of one prompt by itself, without padding, which the transformer adds."""
-        embeddings: Tensor = self.encoder(torch.tensor([tokens.ids], device=self.device))[0]
-        return embeddings
 
 
 @dataclass(frozen=True)
@@ -64,6 +48,9 @@ class Pipeline:
     experts: dict[str, WanDiT]
     vae_chunk: int  # latent frames that it decodes at once
     vae: WanVAE
+    tiling: (
+        tuple[int, int] | None
+    )  # pixels of a tile and from one to the next; None: the VAE sees all at once
     forward: Forward  # how a transformer is called: by itself, or from a recorded graph
     attention: AttentionPlan
     residency: Residency  # brings what lives on the host
@@ -72,12 +59,21 @@ class Pipeline:
     dtype: torch.dtype  # of matrix products
     tokens: TokenShard | None  # how this rank's part of a sequence is cut; None where it has all
 
-    def approximations(self, total: int) -> tuple[str, ...]:
-        """What a run of `total` steps approximates, in words for its record."""
+    def tile_plan(self, rows: int, columns: int) -> TilePlan | None:
+        """How a latent of so many positions is decoded in tiles; None where it is not."""
+        return None if self.tiling is None else plan_tiles(self.vae.decoder, rows, columns, *self.tiling)
+
+    def approximations(self, params: ResolvedParams) -> tuple[str, ...]:
+        """What the run of a request approximates, in words for its record."""
         quantised = () if self.quant is None else (f"linear layers: {self.quant}",)
         stored = () if self.stream_dtype is None else (f"streamed linear weights: {self.stream_dtype}",)
         vae = () if self.vae.dtype == torch.float32 else (f"VAE in {dtype_name(self.vae.dtype)}",)
-        return (*self.attention.approximations(total), *quantised, *stored, *vae)
+        *_, rows, columns = self.spec.latent_shape(params.num_frames, params.height, params.width)
+        plan = self.tile_plan(rows, columns)
+        is_blended = plan is not None and plan.mode == "blended"
+        blended = ("VAE in blended tiles",) if is_blended else ()
+        exact = self.attention.approximations(params.num_inference_steps)
+        return (*exact, *quantised, *stored, *vae, *blended)
 
 
 @dataclass(frozen=True)
@@ -193,16 +189,18 @@ def build_pipeline(
         attention.install(expert)
     for module in (encoder, vae, *experts.values()):
         module.eval().requires_grad_(False)
-    prompt_encoder = PromptEncoder(tokenizer, encoder, device)
+    residency = Residency(text_guest, guests, device, both_experts_limit(device))
+    prompts = PromptCache(config.infer.prompt_cache_mb * 10**6)
     return Pipeline(
         spec=spec_of(config, sizes),
-        prompt_encoder=prompt_encoder,
+        prompt_encoder=PromptEncoder(tokenizer, encoder, residency, prompts),
         experts=experts,
         vae_chunk=pick_vae_chunk(config.infer.vae_chunk, device, vae_dtype),
         vae=vae,
+        tiling=_tiling(config.infer, mesh),
         forward=choose_forward(config.infer, mesh, device),
         attention=attention,
-        residency=Residency(text_guest, guests, device, both_experts_limit(device)),
+        residency=residency,
         stream_dtype=config.infer.diffusion.stream_dtype if placing.packs else None,
         quant=config.quant,
         dtype=dtype,
@@ -217,9 +215,18 @@ def spec_of(config: Config, sizes: Sizes) -> ModelSpec:
     return ModelSpec(experts, vae.stride, dit.patch_size, vae.z_dim, _text_len(sizes))
 
 
+def _tiling(config: InferConfig, mesh: ParallelMesh) -> tuple[int, int] | None:
+    """From level 1 on; ranks that share a video decode strips of it instead."""
+    level = config.diffusion.level
+    if level < TILED:
+        return None
+    if mesh.replica is not None:
+        logger.info("infer.diffusion.low_mem_level=%d: ranks decode strips of the image, not tiles", level)
+        return None
+    return config.vae_tile_px, config.vae_tile_stride_px
+
+
 def _placing(config: DiffusionConfig, found: Survey, device: torch.device) -> Placing:
-    if config.level > 0:
-        logger.warning("infer.diffusion.low_mem_level=%d: the VAE decodes without tiles yet", config.level)
     each = config.resident_bytes // len(found.sizes.experts)
     packs = config.level == STREAMED and config.stream_dtype != "model"
     return Placing(config.level, packs, each, found.fill, Lane(device))
@@ -234,7 +241,7 @@ def _stored(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:
     parts |= dict(checkpoint.experts)
     experts = {name: dit_config(part) for name, part in checkpoint.experts}
     sizes = Sizes(umt5_config(checkpoint.text_encoder), vae_config(checkpoint.vae), experts)
-    stated = _yaml_sizes(model).experts
+    stated = yaml_sizes(model).experts
     for name, size in experts.items():
         differing = [key for key, value in asdict(size).items() if asdict(stated[name])[key] != value]
         if differing and model.packaged_dir is not None:
@@ -280,10 +287,11 @@ def _random(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:
         logger.info("%s: random weights", name)
         weights.randomise(module, device=device, dtype_of=dtype_of, seed=seed, home=home)
 
-    return _yaml_sizes(config.models), fill, DEMO_TOKENIZER
+    return yaml_sizes(config.models), fill, DEMO_TOKENIZER
 
 
-def _yaml_sizes(model: ModelConfig) -> Sizes:
+def yaml_sizes(model: ModelConfig) -> Sizes:
+    """Sizes as the model YAML states them, for use without a checkpoint."""
     text, size = model.encoder, model.transformer
     encoder = UMT5Config(
         text.vocab_size, text.dim, text.attention_dim, text.num_heads, text.ffn_dim, text.num_layers

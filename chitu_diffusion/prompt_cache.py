@@ -1,31 +1,12 @@
 """Text embeddings of earlier prompts, kept on the host, so that a prompt is encoded once.
 
-Bounded by bytes; what was used longest ago goes first. An entry belongs to the encoder that made it.
+Bounded by bytes; what was used longest ago goes first. A cache belongs to one encoder.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Hashable
 
-import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class EncoderIdentity:
-    """What the embeddings of a text depend on: the weights, by where they are from, their dtype, the length
-    at which text is cut."""
-
-    checkpoint: str
-    dtype: torch.dtype
-    text_len: int
-
-
-@dataclass(frozen=True)
-class PromptKey:
-    """A text as the user wrote it, and who encodes it."""
-
-    text: str
-    encoder: EncoderIdentity
 
 
 class PromptCache:
@@ -39,12 +20,12 @@ class PromptCache:
         self.num_bytes = 0
         self.hits = 0
         self.misses = 0
-        self._entries: OrderedDict[PromptKey, Tensor] = OrderedDict()  # the one used last is last
+        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()  # the one used last is last
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: PromptKey) -> Tensor | None:
+    def get(self, key: Hashable) -> Tensor | None:
         """Embeddings [n, dim] on the host, not to be written to; None if they are not kept."""
         found = self._entries.get(key)
         if found is None:
@@ -54,7 +35,7 @@ class PromptCache:
         self._entries.move_to_end(key)
         return found
 
-    def put(self, key: PromptKey, embeddings: Tensor) -> None:
+    def put(self, key: Hashable, embeddings: Tensor) -> None:
         """Keep a copy of embeddings [n, dim] from any device, in place of what was used longest ago.
 
         What is larger than the limit by itself is not kept, and drops nothing.
@@ -72,6 +53,6 @@ class PromptCache:
         self._entries.clear()
         self.num_bytes = 0
 
-    def _drop(self, key: PromptKey) -> None:
+    def _drop(self, key: Hashable) -> None:
         dropped = self._entries.pop(key, None)
         self.num_bytes -= 0 if dropped is None else dropped.nbytes

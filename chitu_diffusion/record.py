@@ -10,7 +10,7 @@ from chitu_core.distributed import ParallelMesh
 from chitu_diffusion.flex_cache._base import FlexCache
 from chitu_diffusion.prepare import Pipeline, dtype_name
 from chitu_diffusion.resolve import ResolvedParams
-from chitu_diffusion.result import CacheRecord, TaskResult
+from chitu_diffusion.result import CacheRecord, MemoryRecord, TaskResult
 from chitu_diffusion.task import DiffusionTask
 
 
@@ -23,6 +23,7 @@ def result_of(
     device: torch.device,
     mesh: ParallelMesh,
     flexcache: CacheRecord | None,
+    memory_plan: MemoryRecord | None,
 ) -> TaskResult:
     """The record of a task that has run to its end on `device`; `seconds` by stage."""
     params, buffer = task.params, task.buffer
@@ -57,10 +58,11 @@ def result_of(
         flexcache=flexcache,
         quant=pipeline.quant,
         parallel=asdict(mesh.degrees),
-        approximations=(*pipeline.approximations(params.num_inference_steps), *_reuse(flexcache)),
+        approximations=(*pipeline.approximations(params), *_reuse(flexcache)),
         warnings=tuple(task.warnings),
         seconds={stage: round(value, 4) for stage, value in seconds.items()},
         peak_memory=memory.peak(device),
+        memory_plan=memory_plan,
         versions={"chitu-diffusion": __version__, "torch": torch.__version__},
     )
 

@@ -20,7 +20,7 @@ class Residency:
     ) -> None:
         self._text = text
         self._experts = dict(experts)
-        self._device = device
+        self.device = device
         self._limit_bytes = limit_bytes
         self._entered: str | None = None
 
@@ -76,5 +76,5 @@ class Residency:
             self._give_back()
 
     def _give_back(self) -> None:
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()  # a cached buffer of such a size could be split, and not be whole again

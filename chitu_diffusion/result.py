@@ -23,6 +23,17 @@ class CacheRecord:
 
 
 @dataclass(frozen=True)
+class MemoryRecord:
+    """The memory plan of one task on one rank: where each part lived, and peaks as they were foretold."""
+
+    level: int  # infer.diffusion.low_mem_level
+    resident_blocks: int | None  # of each transformer, at level 4
+    places: dict[str, str]  # by part
+    device_gib: dict[str, float]  # by stage
+    host_gib: float  # pinned, of all ranks of the machine
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """Every resolved parameter and every figure of one video; `chitu generate --json` prints it."""
 
@@ -56,6 +67,7 @@ class TaskResult:
     warnings: tuple[str, ...]
     seconds: dict[str, float]  # by stage
     peak_memory: MemoryPeak
+    memory_plan: MemoryRecord | None  # None on a CPU
     versions: dict[str, str]
 
     @classmethod
@@ -66,7 +78,8 @@ class TaskResult:
             key: tuple(value) if key in lists else value for key, value in record.items()
         }
         values["peak_memory"] = MemoryPeak(**record["peak_memory"])
-        cache = record["flexcache"]
+        plan, cache = record["memory_plan"], record["flexcache"]
+        values["memory_plan"] = None if plan is None else MemoryRecord(**plan)
         if cache is not None:
             values["flexcache"] = CacheRecord(**(cache | {"pictures": tuple(cache["pictures"])}))
         return cls(**values)

@@ -22,7 +22,7 @@ from chitu_diffusion.flex_cache._calibration import (
     TeaFit,
 )
 from chitu_diffusion.guidance import guided_prediction
-from chitu_diffusion.models.wan import WanConfig, WanDiT
+from chitu_diffusion.models.wan import BlockCall, WanBlock, WanConfig, WanDiT
 from chitu_diffusion.params import strategy_class
 from chitu_diffusion.samplers.unipc import Sampler
 from chitu_diffusion.sequence import NO_SHARD
@@ -97,16 +97,14 @@ def denoise(
     count: int = 12,
     warmup: int = 2,
     cooldown: int = 1,
-    compile: str = "off",
+    call_block: BlockCall = WanBlock.__call__,
 ) -> Ran:
     """Denoise from fixed noise with a strategy, or without one, on this rank of a mesh."""
-    from chitu_diffusion.compilation import choose_block_call
-
     mesh = ParallelMesh(degrees)
     if degrees.world > 1:
         mesh = _with_groups(ParallelMesh(degrees, dist.get_rank()), "gloo")
     dit, shard = expert(), mesh.tokens()
-    dit.call_block = choose_block_call(compile, mesh)
+    dit.call_block = call_block
     attention = spread(Backend(), mesh, shard)
     for block in dit.block_list():
         block.self_attn.attention = attention

@@ -3,7 +3,8 @@
     python tests/test_flexcache.py infer.diffusion.enable_flexcache=true [models=NAME ...]
 
 `run.sh` starts it with launch.python_script: tests/test_flexcache.py. Every prompt is made exactly, then
-with each of RUNS, into a folder of its own inside the run directory, which is scored against the exact one.
+with each of RUNS, into a folder of its own inside the run directory, which is scored against the exact one:
+by eval.eval_type, or psnr and ssim. It is the reference, so eval.reference_path has no use here.
 """
 
 import subprocess
@@ -46,7 +47,8 @@ def generate(args: DictConfig) -> None:
         raise SystemExit(f"Error: {error}" if environment.local_rank == 0 else 1) from error
     chitu_start()
     prompts = PROMPTS.get(args.models.name, OTHER_PROMPTS)
-    root = DiffusionBackend.current().folder.open(prompts[0])
+    engine = DiffusionBackend.current()
+    root, metrics = engine.folder.open(prompts[0]), ",".join(engine.config.eval.eval_type) or "psnr,ssim"
     tasks = []
     for reuse in [None, *RUNS]:
         folder = root / ("exact" if reuse is None else f"{reuse.strategy}_{reuse.cache_ratio:g}")
@@ -67,7 +69,7 @@ def generate(args: DictConfig) -> None:
         raise SystemExit(1)
     for reuse in RUNS:
         folder = root / f"{reuse.strategy}_{reuse.cache_ratio:g}"
-        out = ["--out", str(folder / "eval")]
+        out = ["--out", str(folder / "eval"), "--metrics", metrics]
         print(f"{folder.name} against exact:", flush=True)
         cli.main(["eval", str(folder), "--reference", str(root / "exact"), *out])
 

@@ -226,7 +226,7 @@ class DiffusionConfig:
     low_mem_level: int | str = _doc(
         "what is not on the device all the time, each level with those below it: 1 tiles in the VAE, 2 the "
         "text encoder, 3 the transformer, 4 most of its blocks and the encoder's, which are streamed; from 3 "
-        "on one task runs at a time"
+        "on one task runs at a time. auto: the lowest level that fits the memory that is free"
     )
     stream_dtype: str = _doc(
         "how level 4 stores linear weights: model (as they are used), or float8_e4m3fn, which halves what is "
@@ -234,7 +234,7 @@ class DiffusionConfig:
     )
     resident_gb: float | int | str = _doc(
         "GB (10^9 bytes) of transformer blocks that level 4 keeps on the device, shared by all experts: auto "
-        "(0) or a number"
+        "(0, or what fits where low_mem_level is auto) or a number"
     )
     enable_flexcache: bool = _doc("let requests reuse features across steps (docs/flexcache.md)")
     flexcache_max_gb: float = _doc(
@@ -262,24 +262,24 @@ class DiffusionConfig:
         key = "infer.diffusion"
         object.__setattr__(self, "low_mem_level", _number(self.low_mem_level))
         level, stored, resident = self.low_mem_level, self.stream_dtype, self.resident_gb
-        _require(level != "auto", f"{key}.low_mem_level", level, "not in this version yet; name 0 to 4")
-        holds = type(level) is int and 0 <= level <= 4
-        _require(holds, f"{key}.low_mem_level", level, "must be a whole number from 0 to 4")
+        is_auto = level == "auto"
+        holds = is_auto or (type(level) is int and 0 <= level <= 4)
+        _require(holds, f"{key}.low_mem_level", level, "must be auto or a whole number from 0 to 4")
         dtypes = ", ".join(STREAM_DTYPES)
         _require(stored in STREAM_DTYPES, f"{key}.stream_dtype", stored, f"choose one of {dtypes}")
         remedy = f"only {key}.low_mem_level=4 streams; set that, or model"
-        _require(stored == "model" or level == 4, f"{key}.stream_dtype", stored, remedy)
+        _require(stored == "model" or level in (4, "auto"), f"{key}.stream_dtype", stored, remedy)
         number = _decimal(resident)
         object.__setattr__(self, "resident_gb", resident if number is None else number)
         holds = resident == "auto" or (number is not None and math.isfinite(number) and number >= 0)
         _require(holds, f"{key}.resident_gb", resident, "must be auto or a number of GB, at least 0")
         remedy = f"at {key}.low_mem_level={level} no block is streamed; set that to 4, or this to auto"
-        _require(resident == "auto" or level == 4, f"{key}.resident_gb", resident, remedy)
+        _require(resident == "auto" or level in (4, "auto"), f"{key}.resident_gb", resident, remedy)
 
     @property
     def level(self) -> int:
         """`low_mem_level` as the number that it is once a configuration is built from."""
-        assert isinstance(self.low_mem_level, int), "auto is settled before"
+        assert isinstance(self.low_mem_level, int), "auto is settled before it is asked"
         return self.low_mem_level
 
     @property
@@ -344,6 +344,12 @@ class InferConfig:
     vae_chunk: int | str = _doc(
         "latent frames that the VAE takes at once: auto (2 in bfloat16 on CUDA, else 1) or a number"
     )
+    vae_tile_px: int = _doc(
+        "from low_mem_level 1 on: longest side of a tile of the VAE with its halo, in pixels; a multiple of 8"
+    )
+    vae_tile_stride_px: int = _doc(
+        "pixels from a tile to the next where tiles cannot be exact and are blended; below vae_tile_px"
+    )
     prompt_cache_mb: int = _doc(
         "megabytes of the host that keep text embeddings of earlier prompts; 0 encodes every prompt anew"
     )
@@ -368,6 +374,12 @@ class InferConfig:
         chunk = self.vae_chunk
         holds = chunk == "auto" or (isinstance(chunk, int) and chunk >= 1)
         _require(holds, "infer.vae_chunk", chunk, "must be auto or a whole number, at least 1")
+        tile, stride = self.vae_tile_px, self.vae_tile_stride_px
+        legal = tile >= 64 and tile % 8 == 0
+        _require(legal, "infer.vae_tile_px", tile, "must be a multiple of 8, at least 64")
+        legal = 0 < stride < tile and stride % 8 == 0
+        remedy = f"must be a multiple of 8, above 0 and below infer.vae_tile_px={tile}"
+        _require(legal, "infer.vae_tile_stride_px", stride, remedy)
         cache = self.prompt_cache_mb
         _require(cache >= 0, "infer.prompt_cache_mb", cache, "must be 0 or more")
         _require(self.max_reqs >= 1, "infer.max_reqs", self.max_reqs, "must be at least 1")

@@ -43,7 +43,7 @@ LEGAL = {  # where the field's own text does not say it
     "infer.prompt_cache_mb": "0 or more",
     "infer.max_reqs": "1 or more",
     "infer.diffusion.up_limit": "1 or more",
-    "infer.diffusion.low_mem_level": "0, 1, 2, 3, 4",
+    "infer.diffusion.low_mem_level": "auto, 0, 1, 2, 3, 4",
     "infer.diffusion.stream_dtype": ", ".join(STREAM_DTYPES),
     "eval.pairing": ", ".join(PAIRINGS),
     "output.hydra_dump_mode": ", ".join(HYDRA_DUMP_MODES),

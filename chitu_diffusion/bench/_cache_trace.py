@@ -126,9 +126,9 @@ def trace(
     params: ResolvedParams, course: Course, pipeline: Pipeline, sampler: FlowSampler
 ) -> tuple[dict[str, Trace], Tensor]:
     """One run as the generator makes it: a trace of each expert, and the last latent [C, T, h, w]."""
-    encoder, spec, device = pipeline.prompt_encoder, pipeline.spec, pipeline.prompt_encoder.device
+    encoder, spec, device = pipeline.prompt_encoder, pipeline.spec, pipeline.residency.device
     texts = {"cond": params.prompt, "uncond": params.negative_prompt}
-    embeddings = {branch: encoder.embed(encoder.tokenize(text)) for branch, text in texts.items()}
+    embeddings = encoder.embed_all({branch: encoder.tokenize(text) for branch, text in texts.items()})
     shape = spec.latent_shape(params.num_frames, params.height, params.width)
     generator = torch.Generator(device).manual_seed(params.seed)
     latents = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
@@ -136,6 +136,7 @@ def trace(
     for step in course.steps:
         expert = spec.select_expert(step.timestep)
         dit, scale = pipeline.experts[expert.name], params.guidance_scale[expert.guidance_index]
+        pipeline.residency.enter(expert.name)
         if expert.name not in traces:
             traces[expert.name] = Trace()
             projected = {name: dit.encode_text(embeddings[name][None]) for name in branches_of(scale)}

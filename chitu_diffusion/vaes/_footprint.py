@@ -14,7 +14,7 @@ from torch import nn
 
 from chitu_core.ops.conv import FEW, shifted_is_faster
 from chitu_diffusion.vaes._calls import Call, Size, calls
-from chitu_diffusion.vaes._tile_plan import TilePlan, tile_sizes
+from chitu_diffusion.vaes._tile_plan import TilePlan, kinds
 from chitu_diffusion.vaes.wan import Decoder, Encoder, WanVAE
 
 Capability = tuple[int, int]
@@ -80,8 +80,7 @@ def _passes(
         yield _Pass(layers, (sides[0] * scale, sides[1] * scale), {}, period)
         return
     yield _Pass(net.coarse, sides, {}, 1)
-    for tile in plan.tiles:
-        entry, windows = tile_sizes(plan.stops(net), tile, plan.sides)
+    for entry, windows, _ in kinds(plan.stops(net), plan.tiles, plan.sides):
         yield _Pass(net.fine, entry, windows, period)
 
 

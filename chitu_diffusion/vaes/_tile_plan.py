@@ -5,6 +5,7 @@ tile goes with a halo as wide as its pixels look around, which is trimmed before
 Where that takes too much work tiles overlap instead, and what overlaps is blended.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
@@ -125,6 +126,17 @@ def tile_sizes(
     return lengths[0], {stop.layer: length for stop, length in inside if stop.layer is not None}
 
 
+def kinds(
+    around: Sequence[Stop], tiles: Sequence[Tile], sides: tuple[int, int]
+) -> Iterator[tuple[tuple[int, int], dict[nn.Module, tuple[int, int]], int]]:
+    """`tile_sizes` of tiles, once for all that are alike, and how many these are."""
+    found = [tile_sizes(around, tile, sides) for tile in tiles]
+    alike = [(size, tuple(windows.values())) for size, windows in found]
+    counts, first = Counter(alike), dict(zip(alike, found, strict=True))
+    for key, (size, windows) in first.items():
+        yield size, windows, counts[key]
+
+
 def _slices(region: Sequence[Span], origin: Sequence[int]) -> tuple[slice, slice]:
     rows, columns = (
         slice(start - first, stop - first) for (start, stop), first in zip(region, origin, strict=True)
@@ -186,14 +198,17 @@ def _weighed(net: Encoder | Decoder, plan: TilePlan) -> TilePlan:
     """The plan with its work."""
     image: Tile = ((0, plan.sides[0]), (0, plan.sides[1]))
     coarse = sum(call.products for call in calls(net.coarse, (1, *plan.sides), {}, is_first=False))
-    whole = coarse + _fine_products(net, image, plan)
-    work = coarse + sum(_fine_products(net, tile, plan) for tile in plan.tiles)
+    whole = coarse + _fine_products(net, [image], plan)
+    work = coarse + _fine_products(net, plan.tiles, plan)
     return replace(plan, work=work / whole)
 
 
-def _fine_products(net: Encoder | Decoder, tile: Tile, plan: TilePlan) -> float:
-    """Products that one tile takes for each latent frame."""
-    size, windows = tile_sizes(plan.stops(net), tile, plan.sides)
+def _fine_products(net: Encoder | Decoder, tiles: Sequence[Tile], plan: TilePlan) -> float:
+    """Products that tiles take for each latent frame."""
     halvings = sum(isinstance(layer, Downsample) and layer.time_conv is not None for layer in net.fine)
     frames = 2**halvings  # that make one of the latent
-    return sum(call.products for call in calls(net.fine, (frames, *size), windows, is_first=False))
+    return sum(
+        count * call.products
+        for size, windows, count in kinds(plan.stops(net), tiles, plan.sides)
+        for call in calls(net.fine, (frames, *size), windows, is_first=False)
+    )

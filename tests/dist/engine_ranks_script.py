@@ -176,7 +176,7 @@ def breakage(point: str, struck: Callable[[], None]) -> AbstractContextManager:
     full = raising(OSError(errno.ENOSPC, "No space left on device"))
     refused = raising(PermissionError(errno.EACCES, "Permission denied"))
     points = {
-        "encode": (engine.pipeline.prompt_encoder, "embed", broken),
+        "encode": (engine.pipeline.prompt_encoder, "tokenize", broken),  # embeddings are kept
         "start": (engine.generator, "_start_denoise", broken),
         "expert": (engine.generator, "_enter_expert", broken),
         "sampler": (FlowSampler, "step", broken),

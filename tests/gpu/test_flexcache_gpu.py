@@ -1,4 +1,4 @@
-"""Cache strategies on a GPU: off they change no bit, a step waits for nothing that its strategy need not know."""
+"""Cache strategies on a GPU: off they change no bit; a step waits only for what its strategy must know."""
 
 import pytest
 import torch

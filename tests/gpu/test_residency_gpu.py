@@ -156,12 +156,15 @@ def test_the_host_does_not_wait_for_a_network_to_come():
 
 
 def test_pages_are_locked_and_freed_with_the_network():
+    """Locking twice is an error, and so is unlocking twice; `is_pinned` knows torch's own memory alone."""
     dit, arena = make_dit(3)
-    pages = arena._cargo.stored
-    assert pages.is_pinned()
+    pages, cuda = arena._cargo.stored, torch.cuda.cudart()
+    torch.cuda.check_error(cuda.cudaHostUnregister(pages.data_ptr()))
+    torch.cuda.check_error(cuda.cudaHostRegister(pages.data_ptr(), pages.nbytes, 0))  # as it was
     del dit, arena
     gc.collect()
-    assert not pages.is_pinned()
+    torch.cuda.check_error(cuda.cudaHostRegister(pages.data_ptr(), pages.nbytes, 0))
+    torch.cuda.check_error(cuda.cudaHostUnregister(pages.data_ptr()))
 
 
 @pytest.mark.parametrize("quant", ["null", "fp8"])

@@ -448,7 +448,7 @@ def test_the_step_that_cancels_one_task_advances_another(engine):
 
 
 STAGES = {
-    "encode": lambda engine: (engine.pipeline.prompt_encoder, "embed"),
+    "encode": lambda engine: (engine.pipeline.prompt_encoder, "tokenize"),  # embeddings are kept
     "denoise": lambda engine: (engine.generator, "_predict"),
     "decode": lambda engine: (engine.pipeline.vae, "decode"),
     "write": lambda _: (media.VideoWriter, "put"),

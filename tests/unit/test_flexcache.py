@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from chitu_core import plugins
+from chitu_core.distributed.mesh import ParallelMesh
+from chitu_diffusion.compilation import choose_block_call
 from chitu_diffusion.flex_cache._base import Model, Services, Sizes
 from chitu_diffusion.flex_cache._calibration import PACKAGED, Calibration, TeaFit, packaged, read
 from chitu_diffusion.flex_cache._picture import timeline, write
@@ -59,19 +61,23 @@ def test_every_strategy_has_a_row_here():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_strategy_that_never_reuses_changes_no_bit(exact, name):
-    forced = COUNT - 1 if name == "meancache" else 2
-    ran = caches.denoise(name, NEVER[name], warmup=forced, cooldown=0 if name == "meancache" else 1)
+    forced, last = (COUNT - 1, 0) if name == "meancache" else (2, 1)
+    ran = caches.denoise(name, NEVER[name], warmup=forced, cooldown=last)
     assert torch.equal(ran.latents, exact.latents)
     assert not ran.reused
 
 
+@pytest.fixture(scope="module")
+def compiled():
+    """Blocks that are compiled once for all strategies."""
+    return choose_block_call("on", ParallelMesh())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_blocks_with_a_strategy_that_never_reuses_are_near(exact, name):
-    forced = COUNT - 1 if name == "meancache" else 2
-    ran = caches.denoise(
-        name, NEVER[name], warmup=forced, cooldown=0 if name == "meancache" else 1, compile="on"
-    )
+def test_compiled_blocks_with_a_strategy_that_never_reuses_are_near(exact, compiled, name):
+    forced, last = (COUNT - 1, 0) if name == "meancache" else (2, 1)
+    ran = caches.denoise(name, NEVER[name], warmup=forced, cooldown=last, call_block=compiled)
     assert (ran.latents - exact.latents).norm() <= 1e-5 * exact.latents.norm()
 
 

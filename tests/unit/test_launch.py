@@ -116,6 +116,12 @@ def test_every_key_of_the_table_reaches_its_hydra_key(folder):
     }
 
 
+@pytest.mark.parametrize("level", [4, "auto"])
+def test_a_memory_level_is_passed_on(folder, level):
+    assert start(folder, infer={"low_mem_level": level}) == 0
+    assert values_in(seen(folder)["argv"])["infer.diffusion.low_mem_level"] == level
+
+
 def test_what_the_file_leaves_out_is_left_to_hydra(folder):
     start(folder, parallel={"cfp": "auto"}, eval={"reference_path": None}, infer=None)
     assert seen(folder)["argv"] == ["models=demo", "output.root_dir=outputs"]
@@ -336,7 +342,8 @@ def test_the_launch_log_holds_the_summary_and_the_output_of_the_script(folder, c
         ({"infer": 3}, "infer must hold"),
         ({"runtime": {"chitu_debug": "yes!"}}, "runtime.chitu_debug must be true or false, got 'yes!'"),
         ({"model": {"name": 3}}, "model.name must be a text"),
-        ({"infer": {"low_mem_level": 5}}, "infer.low_mem_level must be an integer from 0 to 4, got 5"),
+        ({"infer": {"low_mem_level": 5}}, "low_mem_level must be an integer from 0 to 4, or auto, got 5"),
+        ({"infer": {"low_mem_level": "most"}}, "infer.low_mem_level must be an integer from 0 to 4, or auto"),
         ({"eval": {"eval_type": 3}}, "eval.eval_type must be a list of texts, got 3"),
         ({"overrides": "a=1"}, "overrides must be a list of texts, got 'a=1'"),
         ({"model": {"name": "Wan2.1-T2V-1.3B"}}, "model.ckpt_dir must be set for Wan2.1-T2V-1.3B"),

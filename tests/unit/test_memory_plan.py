@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chitu_core import memory
-from chitu_core.attention import LseAttention
+from chitu_core.attention import LseAttention, Place
 from chitu_core.attention._parallel import DropPadding, Ring, Ulysses
 from chitu_core.config import VideoSize, load
 from chitu_core.distributed import collectives
@@ -26,18 +26,22 @@ from chitu_core.distributed.degrees import Degrees
 from chitu_core.memory import GIB
 from chitu_core.ops import conv, fp8, rows
 from chitu_diffusion import footprint
+from chitu_diffusion.bench._floor import decode_flops
 from chitu_diffusion.cli import main
 from chitu_diffusion.encoders.umt5 import UMT5Config, UMT5Encoder
 from chitu_diffusion.memory_choice import MARGIN_BYTES, Limits, Need, check_request, choose_level
-from chitu_diffusion.memory_cost import Rates, tile_work
+from chitu_diffusion.memory_cost import Rates
 from chitu_diffusion.memory_plan import plan_memory
 from chitu_diffusion.memory_setting import LEVELS, Setting
 from chitu_diffusion.models import _layers
 from chitu_diffusion.models.wan import WanConfig, WanDiT
-from chitu_diffusion.prepare import _yaml_sizes
+from chitu_diffusion.prepare import yaml_sizes
 from chitu_diffusion.quantisation import put_fp8_layers
 from chitu_diffusion.sequence import NO_SHARD
-from chitu_diffusion.vaes.wan import WanVAE, wan21
+from chitu_diffusion.vaes import _tile_plan
+from chitu_diffusion.vaes._strips import Strips
+from chitu_diffusion.vaes._tile_plan import plan_tiles
+from chitu_diffusion.vaes.wan import WanVAE
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
 SIZES = {"text_len": 512, "freq_dim": 256, "text_dim": 4096, "in_dim": 16, "out_dim": 16}
@@ -45,6 +49,7 @@ SMALL = WanConfig(1536, 8960, 12, 30, patch_size=(1, 2, 2), eps=1e-6, **SIZES)  
 LARGE = WanConfig(5120, 13824, 40, 40, patch_size=(1, 2, 2), eps=1e-6, **SIZES)  # the 14B model
 UMT5 = UMT5Config(256384, 4096, 4096, 64, 10240, 24)
 BF16, FP32 = torch.bfloat16, torch.float32
+A100, H100 = (8, 0), (9, 0)  # compute capability; only the latter convolves by shifts
 CLIP, HD = VideoSize(832, 480, 81), VideoSize(1280, 720, 81)
 
 
@@ -209,19 +214,51 @@ def test_encoding_holds_what_is_predicted(dtype, length):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("dtype", "width"), [(BF16, 128), (BF16, 0), (FP32, 0)])
+@pytest.mark.parametrize(("dtype", "capability"), [(BF16, H100), (BF16, A100), (FP32, H100)])
 @pytest.mark.parametrize("chunk", [1, 2])
-def test_decoding_holds_what_is_predicted(as_on_gpu, monkeypatch, dtype, width, chunk):
-    monkeypatch.setattr(conv, "prefers_shifted", lambda x, out: max(x.shape[-1], out) <= width)
-    size = wan21(96)
+def test_decoding_holds_what_is_predicted(as_on_gpu, monkeypatch, dtype, capability, chunk):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    setting = setting_of("Wan2.1-T2V-1.3B", vae_dtype=dtype, vae_chunk=chunk, capability=capability)
     with torch.device("meta"):
-        vae = cast(WanVAE(size), lambda _: dtype)
+        vae = cast(WanVAE(setting.sizes.vae), lambda _: dtype)
         latent = torch.empty(16, 1 + 3 * chunk, 60, 104)
         with LiveBytes(vae, latent) as live:
             for _ in vae.decode(latent, chunk):
                 pass
-    predicted = footprint.vae_peak_bytes(size, dtype, 60, 104, chunk=chunk, shifted_width=width)
+    predicted = decoding(setting, replace(CLIP, num_frames=12 * chunk + 1)).decode
     assert live.peak == pytest.approx(predicted, rel=0.01)
+
+
+class Between:
+    """A rank with a neighbour on either side, which send nothing."""
+
+    index, size = 1, 4
+
+    def exchange(self, sends, receives):
+        assert len(sends) == len(receives)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_decoding_a_strip_holds_no_more_than_is_predicted(as_on_gpu, monkeypatch, dtype, chunk):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: H100)
+    four = setting_of("Wan2.1-T2V-1.3B", vae_dtype=dtype, vae_chunk=chunk, degrees=Degrees(ulysses=4))
+    with torch.device("meta"):
+        vae = cast(WanVAE(four.sizes.vae), lambda _: dtype)
+        latent = torch.empty(16, 1 + 3 * chunk, 60, 104)
+        with LiveBytes(vae, latent) as live:
+            for _ in vae.decode(latent, chunk, Strips(Between(), 60, 104)):
+                pass
+    predicted = decoding(four, replace(CLIP, num_frames=12 * chunk + 1)).decode
+    assert live.peak <= predicted <= 1.1 * live.peak  # of 26 lines, two more are counted at every layer
+
+
+def decoding(setting, video, level=0):
+    """The part of a plan that a decode holds."""
+    return next(
+        part for part in plan_memory(setting, video, level).parts if part.name == "activations of decoding"
+    )
 
 
 def sides(name):
@@ -255,7 +292,7 @@ def test_a_forward_peaks_where_it_was_measured(file, side, size, video, quant):
 def test_a_decode_peaks_where_it_was_measured(chunk, dtype, name):
     decodes = json.loads((BENCHMARKS / "vae_h100.json").read_text("utf-8"))["decode"]
     [measured] = (value["added_gib"] for key, value in decodes.items() if key.startswith(f"ours {name}"))
-    predicted = footprint.vae_peak_bytes(wan21(96), dtype, 60, 104, chunk=chunk, shifted_width=128)
+    predicted = decoding(setting_of("Wan2.1-T2V-1.3B", vae_dtype=dtype, vae_chunk=chunk), CLIP).decode
     assert predicted / GIB == pytest.approx(measured, rel=0.01)
 
 
@@ -269,7 +306,7 @@ def test_a_decode_peaks_where_it_was_measured(chunk, dtype, name):
 )
 def test_a_whole_request_peaks_where_it_was_measured(name, video, vae, measured):
     dtype, chunk = vae
-    setting = setting_of(name, vae_dtype=dtype, vae_chunk=chunk, shifted_width=128)
+    setting = setting_of(name, vae_dtype=dtype, vae_chunk=chunk)
     assert plan_memory(setting, video, 0).device_peak / GIB == pytest.approx(measured(), rel=0.01)
 
 
@@ -277,15 +314,33 @@ def h200():
     return json.loads((BENCHMARKS / "h200_end_to_end.json").read_text("utf-8"))
 
 
+def config_of(name, *overrides):
+    words = [f"models={name}", "debug.skip_model_load=true", *overrides]
+    with initialize_config_module("chitu_core.config", version_base=None):
+        return load(compose("serve_config", overrides=words))
+
+
 @cache
 def sizes_of(name):
-    words = [f"models={name}", "debug.skip_model_load=true"]
-    with initialize_config_module("chitu_core.config", version_base=None):
-        return _yaml_sizes(load(compose("serve_config", overrides=words)).models)
+    return yaml_sizes(config_of(name).models)
 
 
 def setting_of(name, **changes):
-    return Setting(sizes_of(name), **changes)
+    return Setting(sizes_of(name), **{"capability": H100} | changes)
+
+
+def test_a_setting_is_that_of_the_configuration():
+    words = ["low_mem_level=4", "stream_dtype=float8_e4m3fn"]
+    overrides = ["infer.vae_tile_px=320", "infer.vae_tile_stride_px=256", "infer.vae_dtype=bfloat16"]
+    config = config_of("Wan2.1-T2V-1.3B", *overrides, *(f"infer.diffusion.{word}" for word in words))
+    setting = Setting.of(config, sizes_of("Wan2.1-T2V-1.3B"), Place("cuda", A100, BF16, 128), vae_chunk=2)
+    assert (setting.tile_px, setting.tile_stride_px) == (320, 256)
+    assert (setting.stream_dtype, setting.vae_dtype) == (torch.float8_e4m3fn, BF16)
+    assert (setting.capability, setting.has_fp8) == (A100, False)
+    plain = Setting.of(
+        config_of("Wan2.1-T2V-1.3B"), setting.sizes, Place("cuda", H100, BF16, 128), vae_chunk=1
+    )
+    assert (plain.stream_dtype, plain.has_fp8) == (None, True)
 
 
 @pytest.mark.parametrize("quant", [None, "fp8"])
@@ -355,7 +410,8 @@ def test_a_plan_says_in_a_line_where_what_lives():
         "0.2 on the host"
     )
     line = str(plan_memory(setting, HD, 4, resident_blocks=16))
-    assert "text encoder: host, streamed; dit: host, streamed; 16 resident blocks" in line
+    assert "text encoder: host, streamed; dit: host, streamed; features and pictures of tiles: host" in line
+    assert "; 16 resident blocks; " in line
 
 
 def test_resident_blocks_move_from_the_host_to_the_device():
@@ -390,9 +446,38 @@ def test_ranks_that_share_a_sequence_hold_less_each_and_all_of_the_host():
     parts = [{part.name: part for part in plan.parts} for plan in (one, shared)]
     denoise = [part["activations of denoising"].denoise for part in parts]
     assert denoise[0] / 4 < denoise[1] < denoise[0] / 2  # each holds a quarter, and what is exchanged
-    decode = [part["activations of decoding"].decode for part in parts]
-    assert decode[1] <= decode[0]
-    assert shared.host_bytes == 4 * one.host_bytes
+    tiles = [part["features and pictures of tiles"].host for part in parts]
+    assert tiles[0] > tiles[1] == 0
+    assert shared.host_bytes == 4 * (one.host_bytes - tiles[0])
+
+
+@pytest.mark.parametrize(
+    ("video", "strip"), [(HD, VideoSize(336, 720, 81)), (VideoSize(720, 1280, 81), VideoSize(720, 336, 81))]
+)
+def test_ranks_decode_strips_of_the_longer_side_at_every_level(video, strip):
+    setting = setting_of("Wan2.1-T2V-14B")
+    four = replace(setting, degrees=Degrees(cfg=2, ulysses=2))
+    decodes = {decoding(four, video, level).decode for level in LEVELS}
+    assert decodes == {decoding(setting, strip).decode}  # 160 / 4 positions, and one of either neighbour
+    assert plan_memory(four, video, 1).added_s == 0
+
+
+@pytest.mark.parametrize(("most_work", "bytes_a_pixel"), [(2, 3), (1, 6)], ids=["exact", "blended"])
+def test_tiles_take_less_of_the_device_and_wait_on_the_host(monkeypatch, most_work, bytes_a_pixel):
+    monkeypatch.setattr(_tile_plan, "MAX_WORK", most_work)
+    setting = setting_of("Wan2.1-T2V-14B")
+    whole, tiled = (plan_memory(setting, CLIP, level) for level in (0, 1))
+    waiting = 21 * 60 * 104 * 384 * 4 + 81 * 480 * 832 * bytes_a_pixel
+    assert tiled.host_bytes - whole.host_bytes == waiting
+    assert decoding(setting, CLIP, 1).decode < decoding(setting, CLIP).decode / 2
+    assert (tiled.text_bytes, tiled.denoise_bytes) == (whole.text_bytes, whole.denoise_bytes)
+
+
+def test_an_image_of_one_tile_stays_on_the_device():
+    setting, small = setting_of("Wan2.1-T2V-14B"), VideoSize(256, 256, 81)
+    whole, tiled = (plan_memory(setting, small, level) for level in (0, 1))
+    assert (tiled.host_bytes, tiled.decode_bytes) == (whole.host_bytes, whole.decode_bytes)
+    assert tiled.added_s == 0
 
 
 def test_a_pair_that_shares_guidance_holds_one_text_each():
@@ -434,9 +519,12 @@ def test_a_video_takes_as_long_as_it_was_measured_to():
     assert plan_memory(setting, CLIP, 0).seconds == pytest.approx(2 * 2.50 + 1.9, rel=0.1)
 
 
-@pytest.mark.parametrize(("rows", "columns", "factor"), [(32, 32, 1), (8, 8, 1), (32, 56, 64 / 56)])
-def test_tiles_repeat_their_overlap(rows, columns, factor):
-    assert tile_work(setting_of("demo"), rows, columns) == pytest.approx(factor)
+def test_tiles_repeat_what_they_look_around():
+    setting, rates = setting_of("Wan2.1-T2V-14B"), Rates()
+    decode = decode_flops(setting.sizes.vae, 21, 60, 104) / (rates.vae_fp32_share * rates.flops)
+    work = plan_tiles(setting.vae.decoder, 60, 104, 256, 192).work
+    assert work > 1.1
+    assert plan_memory(setting, CLIP, 1).added_s == pytest.approx((work - 1) * decode)
 
 
 def test_less_memory_gives_a_higher_level():
@@ -597,6 +685,16 @@ def test_doctor_plans_without_a_checkpoint(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Wan2.1-T2V-14B, 1280x720x81, bfloat16, quant=fp8, VAE in float32"
     assert [line.split()[0] for line in lines[2:7]] == [str(level) for level in LEVELS]
+
+
+def test_doctor_plans_for_an_h100_where_there_is_no_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (
+        main(["doctor", "--plan", "Wan2.1-T2V-1.3B", "832x480x81", "infer.vae_dtype=bfloat16", "--json"]) == 0
+    )
+    [level, *_] = json.loads(capsys.readouterr().out)["plans"]
+    setting = setting_of("Wan2.1-T2V-1.3B", vae_dtype=BF16, vae_chunk=2)
+    assert level["decode_bytes"] == plan_memory(setting, CLIP, 0).decode_bytes
 
 
 def test_doctor_plans_as_json(capsys):

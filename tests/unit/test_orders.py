@@ -46,6 +46,7 @@ RESULT = TaskResult(
     warnings=("a remark",),
     seconds={"Denoise": 0.1234, "total": 0.2},
     peak_memory=MemoryPeak(0.5, None),
+    memory_plan=None,
     versions={"torch": "2.13.0"},
 )
 

@@ -36,7 +36,7 @@ def test_open_fields_take_the_model_defaults(small):
     assert (params.fps, params.num_inference_steps, params.sample_shift) == (16, 50, 5.0)
     assert params.guidance_scale == small.sampler.guidance_scale
     open_fields = [name for name, value in vars(params).items() if value is None]
-    assert open_fields == ["save_dir", "save_path", "flexcache"]
+    assert open_fields == ["save_dir", "save_path", "flexcache", "knobs"]
 
 
 def test_what_the_user_said_wins_over_the_model(small):
