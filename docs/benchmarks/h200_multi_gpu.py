@@ -31,6 +31,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from chitu_core import weights
 from chitu_core.config import InferConfig, load
 from chitu_core.distributed import Degrees, ParallelMesh, RankChannel, open_mesh, plan_degrees
 from chitu_core.environment import Environment
@@ -91,7 +92,8 @@ class Network:
         self.config, self.time = self.found.sizes.dit, torch.tensor(500, device=device)
         with torch.device("meta"):
             self.dit = WanDiT(self.config)
-        self.found.fill(self.dit, "transformer", lambda name: WanDiT.weight_dtype(name, dtype))
+        dtype_of = partial(WanDiT.weight_dtype, dtype=dtype)
+        self.found.fill(self.dit, "transformer", dtype_of, WanDiT.parts_of, weights.ON_DEVICE)
         draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
         rows = (1, self.config.text_len, self.config.text_dim)
         self.latent, self.texts = draw(shape), {name: self.dit.encode_text(draw(rows)) for name in BOTH}
@@ -239,7 +241,7 @@ class Bench:
         dtype, found, latent = getattr(torch, name.removeprefix("vae_")), self.small.found, self.small.latent
         with torch.device("meta"):
             vae = WanVAE(found.sizes.vae)
-        found.fill(vae, "vae", lambda _: dtype)
+        found.fill(vae, "vae", lambda _: dtype, weights.whole, weights.ON_DEVICE)
         strips = Strips(self.mesh("u4").line(), *latent.shape[-2:])
 
         def decode(strips: Strips | None) -> list[Tensor | None]:
