@@ -118,17 +118,22 @@ class CachePlan:
         asked = params.flexcache
         if asked is None or params.knobs is None:
             return None
-        levels = zip(sampler.timesteps, sampler.sigmas, sampler.sigmas[1:], strict=False)
-        steps = tuple(
-            Step(index, timestep, sigma, following, self._spec.select_expert(timestep).name)
-            for index, (timestep, sigma, following) in enumerate(levels)
-        )
+        steps = steps_of(sampler, self._spec)
         shape = self._spec.latent_shape(params.num_frames, params.height, params.width)
         total = self._spec.seq_len(shape)
         length = -(-total // self._degrees.cp)
         own = min(max(total - cp_index * length, 0), length)
         course = Course(self._model, steps, asked.warmup, asked.cooldown, own, self._dtype)
         return _strategy(asked)(course, params.knobs, services)
+
+
+def steps_of(sampler: FlowSampler, spec: ModelSpec) -> tuple[Step, ...]:
+    """The steps that a sampler will take, and whose they are."""
+    levels = zip(sampler.timesteps, sampler.sigmas, sampler.sigmas[1:], strict=False)
+    return tuple(
+        Step(index, timestep, sigma, following, spec.select_expert(timestep).name)
+        for index, (timestep, sigma, following) in enumerate(levels)
+    )
 
 
 def _strategy(asked: FlexCacheParams) -> type[FlexCache]:

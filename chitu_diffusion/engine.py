@@ -26,7 +26,7 @@ from chitu_diffusion.guidance import needs_cfg
 from chitu_diffusion.ledger import Ledger
 from chitu_diffusion.memory_choice import Limits
 from chitu_diffusion.memory_gate import MemoryGate, least, own_limits, settle, videos_of
-from chitu_diffusion.memory_setting import DIT_ON_HOST, Setting
+from chitu_diffusion.memory_setting import DIT_ON_HOST
 from chitu_diffusion.orders import Orders, Report, Run
 from chitu_diffusion.outputs import RequestRecord
 from chitu_diffusion.prepare import (
@@ -35,7 +35,7 @@ from chitu_diffusion.prepare import (
     build_pipeline,
     pick_device,
     pick_dtype,
-    pick_vae_chunk,
+    setting_of,
     spec_of,
     survey,
 )
@@ -94,7 +94,7 @@ class Engine:
             self.channel = self.mesh.channel()
             self._check_alike(config, attention)
             limits = self._limits()
-            setting = _setting(config, found, degrees, environment)
+            setting = setting_of(config, found.sizes, found.place, degrees, environment.local_world_size)
             videos = videos_of(config, expected)
             self.config = config = settle(config, setting, limits, videos)
             diffusion = config.infer.diffusion
@@ -305,14 +305,6 @@ class Engine:
     def _free(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _setting(config: Config, found: Survey, degrees: Degrees, environment: Environment) -> Setting:
-    """What the memory plan must know of this launch."""
-    vae_dtype = torch.bfloat16 if config.infer.vae_dtype == "bfloat16" else torch.float32
-    chunk = pick_vae_chunk(config.infer.vae_chunk, torch.device(found.place.device_type), vae_dtype)
-    ranks = environment.local_world_size
-    return Setting.of(config, found.sizes, found.place, vae_chunk=chunk, degrees=degrees, local_ranks=ranks)
 
 
 def _scheduler(infer: InferConfig, cache_limit: float) -> DiffusionScheduler:

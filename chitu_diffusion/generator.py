@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chitu_core import memory, plugins
+from chitu_core import memory
 from chitu_core.config import Config
 from chitu_core.distributed import ParallelMesh
 from chitu_core.timing import Timer
@@ -25,10 +25,9 @@ from chitu_diffusion.guidance import branches_of, guided_prediction, guided_velo
 from chitu_diffusion.media import WRITE_ERRORS, VideoWriter, to_pixels, write_json
 from chitu_diffusion.memory_gate import MemoryGate
 from chitu_diffusion.outputs import check_writable, video_stem
-from chitu_diffusion.params import SOLVERS
 from chitu_diffusion.prepare import Pipeline
 from chitu_diffusion.record import cache_record, result_of
-from chitu_diffusion.resolve import ResolvedParams
+from chitu_diffusion.resolve import ResolvedParams, sampler_of
 from chitu_diffusion.result import CacheRecord
 from chitu_diffusion.run_folder import RunFolder
 from chitu_diffusion.seam import Branch
@@ -68,7 +67,7 @@ class Generator:
         self._agree = mesh.agreement()
         self._pair = mesh.branches()
         self._line = mesh.line()
-        self.timer = Timer(self.device, config.output.enable_timer_dump)
+        self.timer = Timer(device, config.output.enable_timer_dump)
         self._stages = {
             Stage.TextEncode: self.text_encode_step,
             Stage.Denoise: self.denoise_step,
@@ -228,11 +227,7 @@ class Generator:
         """
         params, buffer, spec = _params(task), task.buffer, self.pipeline.spec
         buffer.current_step, buffer.expert = 0, None
-        sampler_class = plugins.load(
-            "chitu_diffusion.samplers", SOLVERS[params.sample_solver], "Sampler", "sample_solver"
-        )
-        train_steps = self.config.models.sampler.num_train_timesteps
-        buffer.sampler = sampler_class(params.num_inference_steps, params.sample_shift, train_steps)
+        buffer.sampler = sampler_of(params, self.config.models.sampler)
         shape = spec.latent_shape(params.num_frames, params.height, params.width)
         buffer.seq_len = spec.seq_len(shape)
         buffer.seed_g = torch.Generator(self.device).manual_seed(params.seed)

@@ -6,6 +6,7 @@ A plan foretells a GPU. On a CPU nothing is foretold and nothing refused, and `a
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 
@@ -28,7 +29,8 @@ class MemoryGate:
     def __init__(self, setting: Setting, limits: Limits | None, level: int, resident_bytes: int) -> None:
         """`limits` None foretells nothing; `resident_bytes` of each transformer's blocks stay at level 4."""
         self.level = level
-        self._setting, self._limits = setting, limits
+        self._limits = limits
+        self._need = lru_cache(maxsize=16)(partial(Need, setting))  # decodes of a size are worked out once
         self._resident = 0 if limits is None else _blocks_in(setting, level, resident_bytes)
 
     def announce(self, videos: Sequence[VideoSize]) -> None:
@@ -36,7 +38,7 @@ class MemoryGate:
         if self._limits is None:
             return
         for video in videos:
-            need = Need(self._setting, video)
+            need = self._need(video, 0)
             logger.info("memory for %s: %s", video, need.plan(self.level, self._resident))
             problem = check_request(need, self._limits, self.level, self._resident)
             if problem is not None:
@@ -46,14 +48,13 @@ class MemoryGate:
         """Where everything lives for a request, and what that takes."""
         if self._limits is None:
             return None
-        return Need(self._setting, _size(params), cache_bytes).plan(self.level, self._resident)
+        return self._need(_size(params), cache_bytes).plan(self.level, self._resident)
 
     def refusal(self, params: ResolvedParams, cache_bytes: int) -> str | None:
         """Why a request does not fit, with settings that would make it; None where it does."""
         if self._limits is None:
             return None
-        need = Need(self._setting, _size(params), cache_bytes)
-        return check_request(need, self._limits, self.level, self._resident)
+        return check_request(self._need(_size(params), cache_bytes), self._limits, self.level, self._resident)
 
     def record(self, params: ResolvedParams, cache_bytes: int) -> MemoryRecord | None:
         """The plan of a request for its result."""

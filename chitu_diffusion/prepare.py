@@ -11,7 +11,7 @@ from chitu_core import weights
 from chitu_core.arena import Lane
 from chitu_core.attention import Place
 from chitu_core.config import Config, DiffusionConfig, InferConfig, ModelConfig
-from chitu_core.distributed import ParallelMesh
+from chitu_core.distributed import Degrees, ParallelMesh
 from chitu_core.distributed.collectives import TokenShard
 from chitu_core.ops.rows import HAS_TRITON
 from chitu_diffusion.attention_plan import AttentionPlan
@@ -21,7 +21,7 @@ from chitu_diffusion.compilation import choose_block_call
 from chitu_diffusion.cuda_graph import Forward, choose_forward
 from chitu_diffusion.encoders.tokenizer import PromptTokenizer
 from chitu_diffusion.encoders.umt5 import UMT5Config, UMT5Encoder
-from chitu_diffusion.memory_setting import STREAMED, TILED
+from chitu_diffusion.memory_setting import STREAMED, TILED, Setting
 from chitu_diffusion.models.wan import WanConfig, WanDiT
 from chitu_diffusion.placing import Fill, Placing, both_experts_limit
 from chitu_diffusion.prompt_cache import PromptCache
@@ -230,6 +230,13 @@ def _placing(config: DiffusionConfig, found: Survey, device: torch.device) -> Pl
     each = config.resident_bytes // len(found.sizes.experts)
     packs = config.level == STREAMED and config.stream_dtype != "model"
     return Placing(config.level, packs, each, found.fill, Lane(device))
+
+
+def setting_of(config: Config, sizes: Sizes, place: Place, degrees: Degrees, local_ranks: int) -> Setting:
+    """What the memory plan must know of a launch."""
+    infer = config.infer
+    chunk = pick_vae_chunk(infer.vae_chunk, torch.device(place.device_type), _DTYPES[infer.vae_dtype])
+    return Setting.of(config, sizes, place, vae_chunk=chunk, degrees=degrees, local_ranks=local_ranks)
 
 
 def _stored(config: Config, device: torch.device) -> tuple[Sizes, Fill, Path]:

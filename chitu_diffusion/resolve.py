@@ -7,9 +7,11 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from chitu_core.config import ModelConfig
+from chitu_core import plugins
+from chitu_core.config import ModelConfig, SamplerConfig
 from chitu_diffusion.guidance import needs_cfg
-from chitu_diffusion.params import MAX_SEED, DiffusionUserParams, FlexCacheParams
+from chitu_diffusion.params import MAX_SEED, SOLVERS, DiffusionUserParams, FlexCacheParams
+from chitu_diffusion.samplers._flow import FlowSampler
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,16 @@ def resolve(params: DiffusionUserParams, model: ModelConfig) -> ResolvedParams:
         flexcache=flexcache,
         priority=params.priority,
     )
+
+
+def sampler_of(params: ResolvedParams, settings: SamplerConfig) -> FlowSampler:
+    """The sampler of a request, at its first step. Raises ValueError where steps and shift make no grid."""
+    name = SOLVERS[params.sample_solver]
+    sampler_class = plugins.load("chitu_diffusion.samplers", name, "Sampler", "sample_solver")
+    made: FlowSampler = sampler_class(
+        params.num_inference_steps, params.sample_shift, settings.num_train_timesteps
+    )
+    return made
 
 
 def remarks(

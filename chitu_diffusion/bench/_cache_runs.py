@@ -10,14 +10,14 @@ from torch import Tensor
 from chitu_core.config import ModelConfig
 from chitu_diffusion.bench._cache_report import EXACT, Clip, Row
 from chitu_diffusion.bench._cache_scores import Judge, Similarity
-from chitu_diffusion.bench._cache_trace import course_of, model_of, sampler_of
+from chitu_diffusion.bench._cache_trace import course_of, model_of
 from chitu_diffusion.bench._setup import say
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.eval._frames import Frames
 from chitu_diffusion.guidance import branches_of
 from chitu_diffusion.media import to_pixels
 from chitu_diffusion.prepare import Pipeline
-from chitu_diffusion.resolve import resolve
+from chitu_diffusion.resolve import resolve, sampler_of
 from chitu_diffusion.result import TaskResult
 from chitu_diffusion.task import (
     DiffusionTask,

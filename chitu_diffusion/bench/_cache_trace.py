@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chitu_core import plugins
 from chitu_core.config import SamplerConfig
-from chitu_diffusion.flex_cache._base import Course, Model, Step
+from chitu_diffusion.cache_plan import steps_of
+from chitu_diffusion.flex_cache._base import Course, Model
 from chitu_diffusion.flex_cache._calibration import NOTHING
 from chitu_diffusion.flex_cache.strategy.teacache import changes_of
 from chitu_diffusion.guidance import branches_of, guided_velocity
 from chitu_diffusion.models.wan import TextCache
-from chitu_diffusion.params import SOLVERS
 from chitu_diffusion.prepare import Pipeline
-from chitu_diffusion.resolve import ResolvedParams
+from chitu_diffusion.resolve import ResolvedParams, sampler_of
 from chitu_diffusion.samplers._flow import FlowSampler
 from chitu_diffusion.seam import Branch, Compute, Site
 from chitu_diffusion.spec import ModelSpec
@@ -72,22 +71,7 @@ def course_of(
     sampler: FlowSampler, spec: ModelSpec, model: Model, *, warmup: int = 0, cooldown: int = 0
 ) -> Course:
     """The steps of a run, of which no strategy keeps anything."""
-    levels = zip(sampler.timesteps, sampler.sigmas, sampler.sigmas[1:], strict=False)
-    steps = tuple(
-        Step(index, timestep, sigma, following, spec.select_expert(timestep).name)
-        for index, (timestep, sigma, following) in enumerate(levels)
-    )
-    return Course(model, steps, warmup, cooldown, 0, torch.float32)
-
-
-def sampler_of(params: ResolvedParams, settings: SamplerConfig) -> FlowSampler:
-    """The sampler of a complete request, at its first step."""
-    module = SOLVERS[params.sample_solver]
-    sampler_class = plugins.load("chitu_diffusion.samplers", module, "Sampler", "sample_solver")
-    made: FlowSampler = sampler_class(
-        params.num_inference_steps, params.sample_shift, settings.num_train_timesteps
-    )
-    return made
+    return Course(model, steps_of(sampler, spec), warmup, cooldown, 0, torch.float32)
 
 
 def model_of(name: str, pipeline: Pipeline) -> Model:

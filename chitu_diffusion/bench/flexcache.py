@@ -19,7 +19,7 @@ from chitu_diffusion.bench._cache_merge import merge
 from chitu_diffusion.bench._cache_report import FlexCacheReport, show, summarised, write
 from chitu_diffusion.bench._cache_runs import Runs, Variant, exact_forwards, make
 from chitu_diffusion.bench._cache_scores import Judge, Similarity, load_judge
-from chitu_diffusion.bench._cache_trace import course_of, model_of, observe, sampler_of
+from chitu_diffusion.bench._cache_trace import course_of, model_of, observe
 from chitu_diffusion.bench._setup import (
     Video,
     add_common,
@@ -35,7 +35,7 @@ from chitu_diffusion.bench._setup import (
 from chitu_diffusion.bench.e2e import WARM_UP_STEPS, add_request
 from chitu_diffusion.params import STRATEGY_PACKAGE
 from chitu_diffusion.prepare import dtype_name
-from chitu_diffusion.resolve import resolve
+from chitu_diffusion.resolve import resolve, sampler_of
 from chitu_diffusion.task import DiffusionUserParams, FlexCacheParams
 
 LEFT_OUT = frozenset({"ditango"})  # of the strategies, when none is named: it is for several ranks

@@ -22,7 +22,7 @@ from chitu_diffusion.bench._cache_merge import read as read_report
 from chitu_diffusion.bench._cache_report import table
 from chitu_diffusion.bench._cache_runs import make
 from chitu_diffusion.bench._cache_scores import Similarity, load_judge
-from chitu_diffusion.bench._cache_trace import Observed, Trace, course_of, model_of, sampler_of, trace
+from chitu_diffusion.bench._cache_trace import Observed, Trace, course_of, model_of, trace
 from chitu_diffusion.bench._scatter import Mark, scatter
 from chitu_diffusion.bench._setup import build_engine, compose_config
 from chitu_diffusion.cli import main
@@ -30,7 +30,7 @@ from chitu_diffusion.flex_cache._base import Course, Model, Step
 from chitu_diffusion.flex_cache._calibration import NOTHING, packaged, read
 from chitu_diffusion.flex_cache.strategy import magcache, teacache
 from chitu_diffusion.media import to_pixels
-from chitu_diffusion.resolve import resolve
+from chitu_diffusion.resolve import resolve, sampler_of
 from chitu_diffusion.seam import Site
 from chitu_diffusion.task import DiffusionUserParams
 
