@@ -1,15 +1,19 @@
 """How much memory a process held at most, and may still have, and whether an error means too little."""
 
+import logging
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 GIB = 2**30
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's own; the second is older
 _HOST_WORDS = ("not enough memory", "can't allocate memory")
 
 
@@ -105,6 +109,23 @@ def _left_in(group: _Group) -> Iterator[int]:
     lines = stat.read_text("utf-8").splitlines() if stat.is_file() else []
     given_back = dict(line.split() for line in lines).get(group.inactive, "0")
     yield int(text) - int(usage.read_text("utf-8")) + int(given_back)
+
+
+def grow_segments(env: MutableMapping[str, str] | None = None) -> None:
+    """Have torch's allocator extend its segments, so that tensors of all sizes share them: fewer gaps.
+
+    torch asks once, at the first use of a GPU: later there is a warning. What the user set of the allocator
+    in `env`, by default the process's environment, stays as it is, and without a GPU nothing is done.
+    """
+    env = os.environ if env is None else env
+    if not torch.cuda.is_available() or any(env.get(name) for name in _ALLOCATOR_VARIABLES):
+        return
+    name, setting = _ALLOCATOR_VARIABLES[0], "expandable_segments:True"
+    if torch.cuda.is_initialized():
+        problem = "a GPU was in use before the engine"
+        logger.warning("%s; for fewer gaps in its memory, start with %s=%s", problem, name, setting)
+        return
+    env[name] = setting
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -78,6 +78,8 @@ class Engine:
         """
         self.pool = pool
         local = (environment.local_rank, environment.local_world_size)
+        if config.infer.diffusion.low_mem_level != 0:
+            memory.grow_segments()
         self.device = pick_device(config.infer.op_impl, *local)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.folder = RunFolder(config, environment)

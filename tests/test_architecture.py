@@ -64,6 +64,7 @@ CATCHES_ALL = {"chitu_diffusion/engine.py", "chitu_diffusion/eval/manager.py"}
 READS_ENVIRON = {"chitu_core/environment.py", "chitu_core/launch.py", "chitu_core/slurm_rank.py"}
 READS_ENVIRON |= {"chitu_core/distributed/mesh.py"}
 READS_ENVIRON |= {"chitu_core/attention/flash_attn.py"}  # the package's own switch, by setdefault
+READS_ENVIRON |= {"chitu_core/memory.py"}  # torch's own switch of its allocator
 MODULE_LINES, FUNCTION_LINES, POSITIONAL = 300, 40, 5
 
 

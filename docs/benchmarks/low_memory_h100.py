@@ -3,9 +3,10 @@
     python docs/benchmarks/low_memory_h100.py OUT.json CASE ...
 
 A case is MODEL:WIDTHxHEIGHTxFRAMES:LEVEL:STEPS[:GIB], LEVEL a number or auto; GIB limits what torch may
-allocate, as on a smaller card. A request of so many steps is made and written; peaks are those of torch's
-allocator, by stage, times by CUDA events. `flat:MODEL:LEVEL` makes twenty small requests and notes memory
-after each.
+take, as on a smaller card. A request of so many steps is made and written; peaks are what its tensors took,
+by stage, `reserved_gib` is what torch took of the GPU, times are by CUDA events. `flat:MODEL:LEVEL` makes
+twenty small requests and notes memory after each. `decode:WIDTHxHEIGHTxFRAMES` decodes and writes a latent
+whole and in tiles, in turns, once kernels are chosen: medians of three, and the wait for the first pictures.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import resource
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,16 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_module
 
+from chitu_core import memory, weights
 from chitu_core.config import VideoSize, load
 from chitu_core.environment import Environment
 from chitu_diffusion import DiffusionTask, DiffusionUserParams
 from chitu_diffusion.engine import Engine
+from chitu_diffusion.media import VideoWriter, to_pixels
 from chitu_diffusion.task import TaskPool
+from chitu_diffusion.vaes._tile_plan import plan_tiles
+from chitu_diffusion.vaes._tiles import decode_tiled
+from chitu_diffusion.vaes.wan import WanVAE, wan21
 
 GIB = 2**30
 
@@ -35,10 +42,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("cases", nargs="+")
     options = parser.parse_args()
+    memory.grow_segments()  # as an engine does; the limits below are the first use of the GPU
     record: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cases": {}}
     for case in options.cases:
         try:
-            found = _flat(case) if case.startswith("flat:") else _measure(case)
+            kind = case.partition(":")[0]
+            found = {"flat": _flat, "decode": _decode}.get(kind, _measure)(case)
         except (RuntimeError, ValueError) as error:
             found = {"failed": f"{type(error).__name__}: {error}"[:600]}
         record["cases"][case] = found
@@ -84,6 +93,7 @@ def _request(engine: Engine, size: str, steps: int) -> dict[str, Any]:
     return {
         "level": config.low_mem_level,
         "resident_gb": config.resident_gb,
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
         "peak_gib": {stage: round(peak, 3) for stage, peak in peaks.items()},
         "seconds": result.seconds,
         "host_peak_gib": result.peak_memory.host_gib,
@@ -109,6 +119,43 @@ def _flat(case: str) -> dict[str, Any]:
     finally:
         engine.close()
     return {"device_and_host_gib": rows, "median_s": round(statistics.median(seconds), 3)}
+
+
+@torch.inference_mode()
+def _decode(case: str) -> dict[str, Any]:
+    """Seconds of decoding and writing, and of those until the first pictures, whole and in tiles."""
+    video = VideoSize.parse(case.partition(":")[2], "CASE")
+    device = torch.device("cuda")
+    _limit(None)
+    with torch.device("meta"):
+        vae = WanVAE(wan21(96))
+    weights.randomise(vae, device=device, dtype_of=lambda _: torch.float32, seed=1)
+    sides = video.height // 8, video.width // 8
+    latent = torch.randn(16, (video.num_frames + 3) // 4, *sides, device=device)
+    plan = plan_tiles(vae.decoder, *sides, 256, 192)
+    ways = {
+        "whole": lambda: map(to_pixels, vae.decode(latent)),
+        "tiles": lambda: decode_tiled(vae, latent, plan, 1, to_pixels),
+    }
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(4):
+        for name, pictures in ways.items():
+            seconds[name].append(_write(pictures(), (video.width, video.height)))
+    medians = {
+        name: [round(statistics.median(column), 3) for column in zip(*rows[1:], strict=True)]
+        for name, rows in seconds.items()
+    }
+    return {"tiles": len(plan.tiles), "work": round(plan.work, 3), "seconds_and_first": medians}
+
+
+def _write(pictures: Iterator[torch.Tensor], size: tuple[int, int]) -> tuple[float, float]:
+    torch.cuda.synchronize()
+    begin, first = time.perf_counter(), 0.0
+    with VideoWriter(Path("decode.mp4"), 16, size) as writer:
+        for part in pictures:
+            first = first or time.perf_counter() - begin
+            writer.put(part)
+    return time.perf_counter() - begin, first
 
 
 def _engine(model: str, level: str, size: str) -> Engine:

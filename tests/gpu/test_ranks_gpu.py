@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from chitu_core.arena import Lane
 from chitu_core.attention import Place, choose, create, spread
 from chitu_core.distributed import Degrees, open_mesh
 from chitu_core.environment import Environment
 from chitu_core.weights import randomise
 from chitu_diffusion.guidance import guided_velocity
 from chitu_diffusion.models.wan import WanConfig, WanDiT
+from chitu_diffusion.placing import Placing
 from chitu_diffusion.vaes._strips import Strips
 from chitu_diffusion.vaes.wan import WAN21_LATENTS_MEAN, WAN21_LATENTS_STD, WanVAE, WanVAEConfig
 
@@ -65,6 +67,12 @@ def test_every_layout_equals_one_gpu(measured):
             assert all(error <= limit for error in found[dtype].values()), found[dtype]
 
 
+def test_streamed_blocks_give_what_resident_ones_do_in_every_layout(measured):
+    for found in measured:
+        assert found["streamed"], "no layout"
+        assert all(found["streamed"].values()), found["streamed"]
+
+
 def test_decoding_in_strips_equals_one_gpu(measured):
     assert measured[0]["vae"] <= 1e-5, measured[0]  # fp32 with TF32 off: the same sums
     assert measured[0]["pixels"] <= 1
@@ -76,11 +84,12 @@ def measure(folder: Path) -> None:
     device = torch.device("cuda", environment.local_rank)
     torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = False
-    found: dict = {name: {} for name in LIMITS}
+    found: dict = {name: {} for name in (*LIMITS, "streamed")}
     for degrees in LAYOUTS[environment.world_size]:
         mesh = open_mesh(degrees, environment, device)
         for name in LIMITS:
             found[name][str(degrees)] = layout_error(mesh, getattr(torch, name), device)
+        found["streamed"][str(degrees)] = streams_alike(mesh, device)
         mesh.close()
     mesh = open_mesh(Degrees(ulysses=environment.world_size), environment, device)
     found["vae"], found["pixels"] = vae_error(mesh, device)
@@ -89,31 +98,49 @@ def measure(folder: Path) -> None:
 
 
 def layout_error(mesh, dtype, device) -> float:
-    """Relative error of the guided velocity against this GPU alone, with an uneven number of tokens."""
+    """Relative error of the guided velocity against this GPU alone."""
+    dit = make_dit(0, dtype, device)
+    expected, actual = velocity(dit, None, dtype, device), velocity(dit, mesh, dtype, device)
+    return float((actual - expected).norm() / expected.norm())
+
+
+def streams_alike(mesh, device) -> bool:
+    """Whether level 4 gives the bits of level 0, in passes that are queued without a wait."""
+    resident, streamed = (make_dit(level, torch.bfloat16, device) for level in (0, 4))
+    expected = velocity(resident, mesh, torch.bfloat16, device)
+    passes = [velocity(streamed, mesh, torch.bfloat16, device) for _ in range(3)]
+    return all(torch.equal(found, expected) for found in passes)
+
+
+def make_dit(level, dtype, device) -> WanDiT:
+    def fill(module, _, dtype_of, __, home):
+        randomise(module, device=device, dtype_of=dtype_of, seed=1, home=home)
+
     with torch.device("meta"):
         dit = WanDiT(DIT)
-    randomise(dit, device=device, dtype_of=lambda name: WanDiT.weight_dtype(name, dtype), seed=1)
-    capability = torch.cuda.get_device_capability(device)
-    place = Place("cuda", capability, dtype, 128)
-    kernel = create(choose("auto", place, key="attention"), place)
+    Placing(level, False, 0, fill, Lane(device)).expert(dit, "dit", dtype)
+    return dit
+
+
+def velocity(dit, mesh, dtype, device) -> torch.Tensor:
+    """The guided velocity of an uneven number of tokens, by the ranks of a mesh or by this GPU alone."""
+    place = Place("cuda", torch.cuda.get_device_capability(device), dtype, 128)
+    attention = create(choose("auto", place, key="attention"), place)
+    split, pair = {}, None
+    if mesh is not None:
+        shard, pair = mesh.tokens(), mesh.branches()
+        attention = spread(attention, mesh, shard)
+        split = {} if shard is None else {"shard": shard}
+    for block in dit.block_list():
+        block.self_attn.attention = attention
     draw = torch.Generator(device).manual_seed(2)
     latent = torch.randn(1, 16, 5, 18, 22, generator=draw, device=device)  # 495 tokens
     texts = {
         name: dit.encode_text(torch.randn(1, 9, 64, generator=draw, device=device))
         for name in ("cond", "uncond")
     }
-
-    def velocity(attention, shard, pair):
-        for block in dit.block_list():
-            block.self_attn.attention = attention
-        split = {} if shard is None else {"shard": shard}
-        t = torch.tensor(500, device=device)
-        return guided_velocity(lambda branch: dit(latent, t, texts[branch], **split), 4.0, pair)
-
-    expected = velocity(kernel, None, None)
-    shard = mesh.tokens()
-    actual = velocity(spread(kernel, mesh, shard), shard, mesh.branches())
-    return float((actual - expected).norm() / expected.norm())
+    t = torch.tensor(500, device=device)
+    return guided_velocity(lambda branch: dit(latent, t, texts[branch], **split), 4.0, pair)
 
 
 def vae_error(mesh, device) -> tuple[float, float]:

@@ -1,6 +1,8 @@
 """Weights on the host of a GPU: streamed blocks, whole networks, memory, and a host that never waits."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -165,6 +167,31 @@ def test_pages_are_locked_and_freed_with_the_network():
     gc.collect()
     torch.cuda.check_error(cuda.cudaHostRegister(pages.data_ptr(), pages.nbytes, 0))
     torch.cuda.check_error(cuda.cudaHostUnregister(pages.data_ptr()))
+
+
+def test_a_launch_that_saves_memory_extends_segments(tmp_path):
+    """In a process of its own: torch reads its settings when a GPU is first used."""
+    words = [
+        "infer.diffusion.low_mem_level=1",
+        f"output.root_dir={tmp_path}",
+        "infer.use_cuda_graph=off",
+    ]
+    script = f"""
+import torch
+from hydra import compose, initialize_config_module
+from chitu_core.config import load
+from chitu_core.environment import Environment
+from chitu_diffusion.engine import Engine
+from chitu_diffusion.task import TaskPool
+
+with initialize_config_module("chitu_core.config", version_base=None):
+    config = load(compose("serve_config", overrides={words}))
+engine = Engine(config, TaskPool(), Environment())
+segments = torch.cuda.memory_snapshot()
+assert segments and all(segment["is_expandable"] for segment in segments), segments
+engine.close()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("quant", ["null", "fp8"])

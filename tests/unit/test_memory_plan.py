@@ -680,6 +680,47 @@ def test_a_gpu_has_what_torch_holds_unused_within_its_share(monkeypatch):
         assert memory.free_device_bytes(torch.device("cuda", 0)) == free
 
 
+@pytest.fixture
+def unused_gpu(monkeypatch):
+    """A GPU that nothing has used yet."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: False)
+
+
+@pytest.mark.usefixtures("unused_gpu")
+def test_the_allocator_is_asked_to_extend_its_segments(monkeypatch, caplog):
+    env = {}
+    memory.grow_segments(env)
+    assert env == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    memory.grow_segments(env)  # of a second engine
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("unused_gpu")
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_what_the_user_set_of_the_allocator_stays(name):
+    env = {name: "max_split_size_mb:512"}
+    memory.grow_segments(env)
+    assert env == {name: "max_split_size_mb:512"}
+
+
+@pytest.mark.usefixtures("unused_gpu")
+def test_an_allocator_in_use_is_left_with_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    env = {}
+    memory.grow_segments(env)
+    assert not env
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in caplog.text
+
+
+def test_without_a_gpu_the_allocator_is_not_spoken_of(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    env = {}
+    memory.grow_segments(env)
+    assert not env
+
+
 def test_doctor_plans_without_a_checkpoint(capsys):
     assert main(["doctor", "--plan", "Wan2.1-T2V-14B", "1280x720x81", "quant=fp8"]) == 0
     lines = capsys.readouterr().out.splitlines()
