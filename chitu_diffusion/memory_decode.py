@@ -1,4 +1,4 @@
-"""What a decode takes of the device and of the host, whole, in strips or in tiles, and the work of tiles.
+"""What a decode takes of the device, whole, in strips or in tiles, and the work of tiles.
 
 Several ranks of a replica decode in strips at every level; one decodes in tiles from the level `TILED` on.
 """
@@ -21,13 +21,13 @@ _NEIGHBOUR_LINES = 2  # one of the strip before, one of the strip after
 
 @dataclass(frozen=True)
 class Decode:
-    """Bytes of a decode on one rank's device, above weights and latents, and of tiles on the host.
+    """Bytes of a decode on one rank's device, above weights and latents: of its layers, and kept beside them.
 
     `work` counts products, relative to those of the whole.
     """
 
     device_bytes: int
-    host_bytes: int
+    kept_bytes: int
     work: float
 
 
@@ -47,7 +47,7 @@ def plan_decode(setting: Setting, video: VideoSize, level: int) -> Decode:
     held = need.total - setting.vae_bytes + _picture_bytes(setting, latent, tiles)
     if tiles is None:
         return Decode(held, 0, 1.0)
-    return Decode(held, _waiting_bytes(setting, video, tiles), tiles.work)
+    return Decode(held, _kept_bytes(setting, video, tiles), tiles.work)
 
 
 def _decoded(setting: Setting, video: VideoSize) -> tuple[int, int, int]:
@@ -77,8 +77,8 @@ def _picture_bytes(setting: Setting, latent: tuple[int, int, int], tiles: TilePl
     return FP32_BYTES * _COLOURS * min(setting.vae_chunk, frames) * area * prod(setting.sizes.vae.stride)
 
 
-def _waiting_bytes(setting: Setting, video: VideoSize, tiles: TilePlan) -> int:
-    """Features and pictures that wait on the host until the last tile is through: `vaes/_tiles.py`."""
+def _kept_bytes(setting: Setting, video: VideoSize, tiles: TilePlan) -> int:
+    """Features and pictures that are kept until the last tile is through: `vaes/_tiles.py`."""
     size, pictures = setting.sizes.vae, torch.float16 if tiles.mode == "blended" else torch.uint8
     features = prod(setting.latent(video)) * size.base_dim * size.dim_mult[-1] * setting.vae_dtype.itemsize
     return features + video.num_frames * video.height * video.width * _COLOURS * pictures.itemsize

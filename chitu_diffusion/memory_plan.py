@@ -110,7 +110,7 @@ def plan_memory(
         _everywhere("VAE", "device", setting.vae_bytes),
         *_passing(setting, video, level),
         Part("activations of decoding", "device", decode=decode.device_bytes),
-        Part("features and pictures of tiles", "host, while decoding", host=decode.host_bytes),
+        Part("features and pictures of tiles", "device, for decoding", decode=decode.kept_bytes),
         Part("step cache", "device, for denoising", denoise=cache_bytes),
     )
     staging = STAGING.buffers * STAGING.buffer_bytes

@@ -1,9 +1,10 @@
 """Decode and encode an image tile by tile, each over all frames with its own past, in the memory of one.
 
-The layers at the size of the latent, attention among them, run over the whole image. Their values wait on the
-host, T h w C of them (for Wan2.1 C is 384), while the `fine` layers take one tile after another. Exact tiles
-carry a halo, and compute the whole image; blended ones are padded with zeros, and fade into each other.
-Pictures wait on the host until the last tile is through: 3 bytes a pixel; of blended ones the sums, 6 bytes.
+The layers at the size of the latent, attention among them, run over the whole image. Their values are kept,
+T h w C of them (for Wan2.1 C is 384), while the `fine` layers take one tile after another. Exact tiles carry
+a halo, and compute the whole image; blended ones are padded with zeros, and fade into each other. Pictures
+are kept until the last tile is through: 3 bytes a pixel; of blended ones the sums, 6 bytes. Both stay on the
+device, where they take a twentieth of what tiles save: copies to the host would have it wait at every chunk.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +22,14 @@ class TileStream(Stream):
     """One pass of a tile through the `fine` layers of a network, which is trimmed at `stops` on the way."""
 
     def __init__(
-        self, net: Encoder | Decoder, tile: Tile, sides: tuple[int, int], stops: Sequence[Stop]
+        self,
+        net: Encoder | Decoder,
+        tile: Tile,
+        sides: tuple[int, int],
+        stops: Sequence[Stop],
+        weights: dict[nn.Module, Tensor] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(weights)
         self._net = net
         cuts = list(trims(stops, tile, sides))
         self._first, self._last = cuts[0], cuts[-1]
@@ -56,7 +62,7 @@ def decode_tiled(
     """Decode a normalised latent [z, T, h, w] to pictures [n, 8 h, 8 w, 3], in order, chunk by chunk.
 
     `to_pixels` makes frames [3, n, H, W], fp32 in [-1, 1], pictures [n, H, W, 3] of any dtype. All tiles are
-    decoded before the first pictures are yielded, which are on the host; a plan of the whole does neither.
+    decoded before the first pictures are yielded; a plan of the whole yields chunk by chunk.
     Raises ValueError as `WanVAE.decode` does.
     """
     chunks = vae.split_latent(latent, latent_frames_per_chunk)
@@ -77,16 +83,17 @@ def encode_tiled(vae: WanVAE, video: Tensor, plan: TilePlan, latent_frames_per_c
     _check_sides(plan, video.shape[-2:], vae.config.stride[1])
     if plan.mode == "whole":
         return vae.encode(video.to(device), latent_frames_per_chunk=latent_frames_per_chunk)
-    features: list[Tensor] = []  # [T, h, w, C] of each chunk, on the host
+    features: list[Tensor] = []  # [T, h, w, C] of each chunk
+    prepared: dict[nn.Module, Tensor] = {}
     for tile, weight in zip(plan.tiles, _weights(plan, 1), strict=True):
-        stream = TileStream(vae.encoder, tile, plan.sides, plan.stops(vae.encoder))
+        stream = TileStream(vae.encoder, tile, plan.sides, plan.stops(vae.encoder), prepared)
         for index, chunk in enumerate(chunks):
-            part = stream.feed(chunk.permute(1, 2, 3, 0)).cpu()
+            part = stream.feed(chunk.permute(1, 2, 3, 0))
             if index == len(features):
                 features.append(part.new_zeros(len(part), *plan.sides, part.shape[-1]))
-            features[index][:, *_place(tile, 1)] += part * weight.to(part.dtype)
+            features[index][:, *_place(tile, 1)] += part * weight.to(part)
     past, (mean, std) = Stream(), vae.mean_and_std(device)
-    means = [vae.posterior_mean(apply(vae.encoder.coarse, chunk.to(device), past)) for chunk in features]
+    means = [vae.posterior_mean(apply(vae.encoder.coarse, chunk, past)) for chunk in features]
     return ((torch.cat(means) - mean) / std).permute(3, 0, 1, 2)
 
 
@@ -94,11 +101,12 @@ def encode_tiled(vae: WanVAE, video: Tensor, plan: TilePlan, latent_frames_per_c
 def _decode_exact(
     vae: WanVAE, chunks: Sequence[Tensor], plan: TilePlan, to_pixels: Callable[[Tensor], Tensor]
 ) -> Iterator[Tensor]:
+    prepared: dict[nn.Module, Tensor] = {}
     features, pictures = _features(vae, chunks), None
     for tile in plan.tiles:
         place, done = _place(tile, vae.config.stride[1]), 0
-        for frames in _decode_tile(vae, features, tile, plan):
-            part = to_pixels(frames).cpu()
+        for frames in _decode_tile(vae, features, tile, plan, prepared):
+            part = to_pixels(frames)
             if pictures is None:
                 pictures = part.new_empty(_picture_shape(vae, chunks, plan))
             pictures[done : done + len(part), *place] = part
@@ -112,11 +120,13 @@ def _decode_blended(
     vae: WanVAE, chunks: Sequence[Tensor], plan: TilePlan, to_pixels: Callable[[Tensor], Tensor]
 ) -> Iterator[Tensor]:
     features, scale = _features(vae, chunks), vae.config.stride[1]
-    sums = torch.zeros(_picture_shape(vae, chunks, plan), dtype=torch.float16)  # steps below 1/8 of a level
+    shape, device = _picture_shape(vae, chunks, plan), chunks[0].device
+    prepared: dict[nn.Module, Tensor] = {}
+    sums = torch.zeros(shape, dtype=torch.float16, device=device)  # steps below 1/8 of a level
     for tile, weight in zip(plan.tiles, _weights(plan, scale), strict=True):
-        place, weight, done = _place(tile, scale), weight.to(chunks[0].device), 0
-        for frames in _decode_tile(vae, features, tile, plan):
-            part = (frames.permute(1, 2, 3, 0) * weight).half().cpu()
+        place, weight, done = _place(tile, scale), weight.to(device), 0
+        for frames in _decode_tile(vae, features, tile, plan, prepared):
+            part = (frames.permute(1, 2, 3, 0) * weight).half()
             sums[done : done + len(part), *place] += part
             done += len(part)
     for part in sums.split(_frame_nums(vae, chunks)):
@@ -124,17 +134,19 @@ def _decode_blended(
 
 
 def _features(vae: WanVAE, chunks: Sequence[Tensor]) -> list[Tensor]:
-    """What the coarse layers give [T, h, w, C] of the whole image, chunk by chunk, on the host."""
+    """What the coarse layers give [T, h, w, C] of the whole image, chunk by chunk."""
     features, past, (mean, std) = [], Stream(), vae.mean_and_std(chunks[0].device)
     for chunk in chunks:
         z = chunk.permute(1, 2, 3, 0).float() * std + mean
-        features.append(apply(vae.decoder.coarse, pointwise(vae.conv2, z.to(vae.dtype)), past).cpu())
+        features.append(apply(vae.decoder.coarse, pointwise(vae.conv2, z.to(vae.dtype)), past))
     return features
 
 
-def _decode_tile(vae: WanVAE, features: Sequence[Tensor], tile: Tile, plan: TilePlan) -> Iterator[Tensor]:
+def _decode_tile(
+    vae: WanVAE, features: Sequence[Tensor], tile: Tile, plan: TilePlan, prepared: dict[nn.Module, Tensor]
+) -> Iterator[Tensor]:
     """The frames [3, n, H, W] of one tile."""
-    stream = TileStream(vae.decoder, tile, plan.sides, plan.stops(vae.decoder))
+    stream = TileStream(vae.decoder, tile, plan.sides, plan.stops(vae.decoder), prepared)
     for chunk in features:
         yield stream.feed(chunk).float().clamp_(-1, 1).permute(3, 0, 1, 2)
 

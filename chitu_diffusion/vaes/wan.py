@@ -83,10 +83,11 @@ class Stream:
     feeds the chunks, once the first one, which begins with frame 0, is through.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: dict[nn.Module, Tensor] | None = None) -> None:
+        """`weights` holds what other passes through the same network made of its weights, and gets more."""
         self.is_at_start = True
         self._past: dict[nn.Conv3d, Tensor] = {}
-        self._weights: dict[nn.Module, Tensor] = {}
+        self._weights = {} if weights is None else weights
 
     def window(self, layer: nn.Module, x: Tensor) -> Tensor:  # noqa: ARG002
         """What of [T, H, W, C] a layer that changes the resolution is to work on: all of it."""

@@ -82,18 +82,20 @@ def _request(engine: Engine, size: str, steps: int) -> dict[str, Any]:
     task = DiffusionTask.from_user_request(params)
     engine.pool.add(task)
     peaks: dict[str, float] = {}
+    reserved = 0.0
     while not task.is_finished():
         stage = task.task_type.name
         torch.cuda.reset_peak_memory_stats()
         engine.step()
         peaks[stage] = max(peaks.get(stage, 0.0), torch.cuda.max_memory_allocated() / GIB)
+        reserved = max(reserved, torch.cuda.max_memory_reserved() / GIB)
     if task.result is None:
         raise RuntimeError(task.error_message)
     config, result = engine.config.infer.diffusion, task.result
     return {
         "level": config.low_mem_level,
         "resident_gb": config.resident_gb,
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+        "reserved_gib": round(reserved, 3),
         "peak_gib": {stage: round(peak, 3) for stage, peak in peaks.items()},
         "seconds": result.seconds,
         "host_peak_gib": result.peak_memory.host_gib,

@@ -116,10 +116,11 @@ def make_dit(level, dtype, device) -> WanDiT:
     def fill(module, _, dtype_of, __, home):
         randomise(module, device=device, dtype_of=dtype_of, seed=1, home=home)
 
-    with torch.device("meta"):
-        dit = WanDiT(DIT)
-    Placing(level, False, 0, fill, Lane(device)).expert(dit, "dit", dtype)
-    return dit
+    with torch.inference_mode(False):  # as an engine is built: where parameters lie may change later
+        with torch.device("meta"):
+            dit = WanDiT(DIT)
+        Placing(level, False, 0, fill, Lane(device)).expert(dit, "dit", dtype)
+    return dit.requires_grad_(False)
 
 
 def velocity(dit, mesh, dtype, device) -> torch.Tensor:

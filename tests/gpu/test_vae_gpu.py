@@ -1,5 +1,7 @@
 """The VAE on a GPU: kernels at odd sizes against fp64, a decode in either format, chunks that never wait."""
 
+import warnings
+
 import pytest
 import torch
 from oracles import randomise, relative_error
@@ -193,9 +195,24 @@ def test_exact_tiles_in_bfloat16_are_the_whole_within_rounding(half, chunk):  # 
     tiled = torch.cat(
         list(decode_tiled(half, latent, plan, chunk, lambda frames: frames.permute(1, 2, 3, 0)))
     )
-    assert relative_error(tiled.permute(3, 0, 1, 2), decode(half, latent, chunk).cpu()) <= 1e-2
+    assert relative_error(tiled.permute(3, 0, 1, 2), decode(half, latent, chunk)) <= 1e-2
     encoded = encode_tiled(half, video.cpu(), plan, chunk)
     assert relative_error(encoded, half.encode(video, latent_frames_per_chunk=chunk)) <= 1e-2
+
+
+def test_the_host_waits_for_no_chunk_of_a_tile(half):
+    latent = random(16, 3, 15, 23)
+    plan = TilePlan("exact", (15, 23), ((0, 8), (8, 15)), ((0, 12), (12, 23)), 0, 1.0)
+    list(decode_tiled(half, latent, plan, 1, to_pixels))  # kernels are chosen here
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            list(decode_tiled(half, latent, plan, 1, to_pixels))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(one.message) for one in found if "synchronizing" in str(one.message)]
+    assert len(waits) <= 5, waits  # statistics of the latent, and a constant for each of three upsamplings
 
 
 @pytest.mark.parametrize("is_tiled", [False, True])

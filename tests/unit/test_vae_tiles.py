@@ -312,13 +312,13 @@ class LiveBytes(TorchDispatchMode):
 
 
 def live_peak(run: Callable[..., None], name: str, dtype: torch.dtype, latent: Size, *how) -> int:
-    """Bytes made and alive at once on the device."""
-    (frames, rows, columns), host, count = latent, 0, LiveBytes()
-    if how[-1] is not None:  # what tiles keep on the host is counted too
+    """Bytes made and alive at once, without what waits for the last tile."""
+    (frames, rows, columns), waiting, count = latent, 0, LiveBytes()
+    if how[-1] is not None:
         pictures = 3 * (4 * frames - 3) * 64 * rows * columns
-        host = frames * rows * columns * 384 * dtype.itemsize + (pictures if name == "decoder" else 0)
+        waiting = frames * rows * columns * 384 * dtype.itemsize + (pictures if name == "decoder" else 0)
     run(count, name, dtype, latent, *how)
-    return count.peak - host
+    return count.peak - waiting
 
 
 @pytest.mark.parametrize("is_fused", [False, True])
