@@ -11,16 +11,8 @@ from typing import Any, get_args
 from omegaconf import OmegaConf
 
 from chitu_core import attention, launch_settings
-from chitu_core.config import (
-    DTYPES,
-    HYDRA_DUMP_MODES,
-    PAIRINGS,
-    QUANTISATIONS,
-    STREAM_DTYPES,
-    VAE_DTYPES,
-    Config,
-    ModelConfig,
-)
+from chitu_core.config import HYDRA_DUMP_MODES, PAIRINGS, QUANTISATIONS, Config, ModelConfig
+from chitu_core.config.infer import DTYPES, STREAM_DTYPES, VAE_DTYPES
 from chitu_core.environment import LOGGING_LEVELS, Environment
 
 _FOLDER = Path(__file__).parent
