@@ -26,22 +26,14 @@ from chitu_diffusion.guidance import needs_cfg
 from chitu_diffusion.ledger import Ledger
 from chitu_diffusion.memory_choice import Limits
 from chitu_diffusion.memory_gate import MemoryGate, least, own_limits, settle, videos_of
-from chitu_diffusion.memory_setting import DIT_ON_HOST
+from chitu_diffusion.memory_setting import DIT_ON_HOST, Setting
 from chitu_diffusion.orders import Orders, Report, Run
 from chitu_diffusion.outputs import RequestRecord
-from chitu_diffusion.prepare import (
-    Pipeline,
-    Survey,
-    build_pipeline,
-    pick_device,
-    pick_dtype,
-    setting_of,
-    spec_of,
-    survey,
-)
+from chitu_diffusion.prepare import Pipeline, build_pipeline
 from chitu_diffusion.run_folder import RunFolder
 from chitu_diffusion.scheduler import DiffusionScheduler
 from chitu_diffusion.stage_log import StageLog
+from chitu_diffusion.survey import Survey, pick_device, pick_dtype, spec_of, survey
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskStatus, TaskPool
 from chitu_diffusion.warm_up import warm_up
 
@@ -96,7 +88,8 @@ class Engine:
             self.channel = self.mesh.channel()
             self._check_alike(config, attention)
             limits = self._limits()
-            setting = setting_of(config, found.sizes, found.place, degrees, environment.local_world_size)
+            local_ranks = environment.local_world_size
+            setting = Setting.of(config, found.sizes, found.place, degrees, local_ranks)
             videos = videos_of(config, expected)
             self.config = config = settle(config, setting, limits, videos)
             diffusion = config.infer.diffusion

@@ -6,7 +6,6 @@ alone; 3 the blocks of one transformer, for denoising alone; 4 blocks of both pa
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,14 +15,11 @@ from chitu_core.distributed.degrees import Degrees
 from chitu_core.ops.fp8 import LOWEST_CAPABILITY
 from chitu_diffusion.footprint import Block, Weights, dit_weights, umt5_weights
 from chitu_diffusion.guidance import BOTH, needs_cfg
+from chitu_diffusion.survey import DTYPES, Sizes, pick_vae_chunk
 from chitu_diffusion.vaes.wan import WanVAE
-
-if TYPE_CHECKING:
-    from chitu_diffusion.prepare import Sizes
 
 LEVELS = range(5)
 TILED, TEXT_ON_HOST, DIT_ON_HOST, STREAMED = 1, 2, 3, 4  # the level from which on
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STREAM_DTYPES = {"model": None, "float8_e4m3fn": torch.float8_e4m3fn}
 
 
@@ -36,7 +32,7 @@ class Setting:
     computed); `capability` is that of the GPU, None for a CPU.
     """
 
-    sizes: "Sizes"
+    sizes: Sizes
     dtype: torch.dtype = torch.bfloat16
     vae_dtype: torch.dtype = torch.float32
     vae_chunk: int = 1
@@ -55,21 +51,20 @@ class Setting:
     def of(
         cls,
         config: Config,
-        sizes: "Sizes",
+        sizes: Sizes,
         place: Place,
-        *,
-        vae_chunk: int,
         degrees: Degrees | None = None,
         local_ranks: int = 1,
     ) -> "Setting":
         """That of a configuration, for networks of `sizes` that run at `place`."""
         infer = config.infer
+        vae_dtype = DTYPES[infer.vae_dtype]
         scales = config.models.sampler.guidance_scale
         return cls(
             sizes=sizes,
             dtype=place.dtype,
-            vae_dtype=_DTYPES[infer.vae_dtype],
-            vae_chunk=vae_chunk,
+            vae_dtype=vae_dtype,
+            vae_chunk=pick_vae_chunk(infer.vae_chunk, place.device_type, vae_dtype),
             quant=config.quant,
             stream_dtype=_STREAM_DTYPES[infer.diffusion.stream_dtype],
             branches=len(BOTH) if any(map(needs_cfg, scales)) else 1,

@@ -5,7 +5,7 @@ outside its blocks, are on the device at every level.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,9 @@ from chitu_core.slab import Selection, Slab, loaded_bytes, tensor_names
 from chitu_diffusion.encoders.umt5 import UMT5Encoder
 from chitu_diffusion.memory_setting import DIT_ON_HOST, STREAMED, TEXT_ON_HOST
 from chitu_diffusion.models.wan import WanDiT
+from chitu_diffusion.survey import Fill
 
 logger = logging.getLogger(__name__)
-
-# a meta module, its part's name, the dtype of each parameter, the checkpoint's tensors that make it, its home
-Fill = Callable[[nn.Module, str, weights.DtypeOf, weights.PartsOf, weights.Home], None]
 
 _TABLE = "token_embedding.weight"
 _TEXT_PROJECTION = ("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k.")  # of a block; once per prompt

@@ -14,8 +14,8 @@ from chitu_core.distributed.degrees import Degrees, plan_degrees
 from chitu_core.memory import GIB, free_device_bytes, free_host_bytes
 from chitu_diffusion.memory_choice import Limits, Need, choose_level
 from chitu_diffusion.memory_plan import Plan
-from chitu_diffusion.memory_setting import LEVELS, STREAMED
-from chitu_diffusion.prepare import dtype_name, pick_dtype, setting_of, yaml_sizes
+from chitu_diffusion.memory_setting import LEVELS, STREAMED, Setting
+from chitu_diffusion.survey import dtype_name, pick_dtype, yaml_sizes
 
 _HEAD = ("level", "text", "denoise", "decode", "peak", "host", "slowdown")
 _STAND_IN = (9, 0)  # compute capability of the GPU where this machine has none: an H100
@@ -52,7 +52,7 @@ def plan_table(config: Config, video: VideoSize) -> PlanTable:
     """The plans of a configuration for one video. Raises ValueError for degrees that cannot be."""
     place = _place(config)
     degrees = _degrees(config)
-    need = Need(setting_of(config, yaml_sizes(config.models), place, degrees, degrees.world), video)
+    need = Need(Setting.of(config, yaml_sizes(config.models), place, degrees, degrees.world), video)
     quant = "" if config.quant is None else f", quant={config.quant}"
     ranks = "" if degrees.world == 1 else f", a rank of {degrees}"
     formats = f"{dtype_name(place.dtype)}{quant}, VAE in {config.infer.vae_dtype}{ranks}"

@@ -8,9 +8,10 @@ import torch
 from chitu_core import __version__, memory
 from chitu_core.distributed import ParallelMesh
 from chitu_diffusion.flex_cache._base import FlexCache
-from chitu_diffusion.prepare import Pipeline, dtype_name
+from chitu_diffusion.prepare import Pipeline
 from chitu_diffusion.resolve import ResolvedParams
 from chitu_diffusion.result import CacheRecord, MemoryRecord, TaskResult
+from chitu_diffusion.survey import dtype_name
 from chitu_diffusion.task import DiffusionTask
 
 

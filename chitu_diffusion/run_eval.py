@@ -16,7 +16,7 @@ from chitu_diffusion.engine import Engine
 from chitu_diffusion.eval._records import FAILED, SUCCESS, EvalRecord
 from chitu_diffusion.eval._report import PAGE, Folders
 from chitu_diffusion.eval.manager import Team, evaluate, metric_names
-from chitu_diffusion.prepare import pick_device
+from chitu_diffusion.survey import pick_device
 
 
 def evaluate_run(engine: Engine, environment: Environment) -> tuple[EvalRecord, ...]:

@@ -18,7 +18,7 @@ LEAVES = (
     "chitu_core.environment",
     *(
         f"chitu_diffusion.{name}"
-        for name in ("engine", "backend", "generator", "prepare", "task", "checkpoint")
+        for name in ("engine", "backend", "generator", "prepare", "survey", "task", "checkpoint")
     ),
 )
 FORBIDDEN_IMPORTS = {  # folder or file: what it must not know
@@ -36,7 +36,10 @@ FORBIDDEN_IMPORTS = {  # folder or file: what it must not know
     "chitu_diffusion/eval": (
         "torch.distributed",
         "chitu_core.environment",
-        *(f"chitu_diffusion.{name}" for name in ("engine", "backend", "generator", "prepare", "task")),
+        *(
+            f"chitu_diffusion.{name}"
+            for name in ("engine", "backend", "generator", "prepare", "survey", "task")
+        ),
     ),
     "chitu_diffusion/seam.py": (*LEAVES, "chitu_diffusion.models"),
     "chitu_diffusion/guidance.py": LEAVES,

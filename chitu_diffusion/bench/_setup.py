@@ -24,8 +24,8 @@ from chitu_core.config import Config, ModelConfig, load
 from chitu_core.environment import Environment
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.params import DiffusionUserParams
-from chitu_diffusion.prepare import dtype_name
 from chitu_diffusion.resolve import ResolvedParams, resolve
+from chitu_diffusion.survey import dtype_name
 from chitu_diffusion.task import TaskPool
 
 DEFAULT_MODEL = "Wan2.1-T2V-1.3B"

@@ -24,8 +24,8 @@ from chitu_diffusion.bench._setup import (
     resolved,
     size_name,
 )
-from chitu_diffusion.prepare import dtype_name, pick_device, pick_dtype
 from chitu_diffusion.spec import ModelSpec
+from chitu_diffusion.survey import dtype_name, pick_device, pick_dtype
 
 _VAE_STRIDE = (4, 8, 8)  # pixels of (frames, rows, columns) to a latent
 _CHOOSERS = ("flash_attn", "sage")  # each takes the best of its versions, which have rows of their own

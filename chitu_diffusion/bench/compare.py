@@ -41,8 +41,8 @@ from chitu_diffusion.bench._work import (
 )
 from chitu_diffusion.bench.e2e import WARM_UP_STEPS, add_request, generate, request_of
 from chitu_diffusion.engine import Engine
-from chitu_diffusion.prepare import dtype_name, pick_device, pick_dtype, survey
 from chitu_diffusion.spec import ModelSpec, experts_of
+from chitu_diffusion.survey import dtype_name, pick_device, pick_dtype, survey
 
 _WORKS = {"dit": dit_forward, "vae": vae_decode}
 _PARTS = (*_WORKS, "e2e")

@@ -34,8 +34,8 @@ from chitu_diffusion.bench._setup import (
 )
 from chitu_diffusion.bench.e2e import WARM_UP_STEPS, add_request
 from chitu_diffusion.params import STRATEGY_PACKAGE
-from chitu_diffusion.prepare import dtype_name
 from chitu_diffusion.resolve import resolve, sampler_of
+from chitu_diffusion.survey import dtype_name
 from chitu_diffusion.task import DiffusionUserParams, FlexCacheParams
 
 LEFT_OUT = frozenset({"ditango"})  # of the strategies, when none is named: it is for several ranks

@@ -31,7 +31,8 @@ from chitu_diffusion.bench._work import (
     relative_error,
     vae_encode,
 )
-from chitu_diffusion.prepare import Pipeline, dtype_name
+from chitu_diffusion.prepare import Pipeline
+from chitu_diffusion.survey import dtype_name
 from chitu_diffusion.vaes.wan import WanVAE
 
 

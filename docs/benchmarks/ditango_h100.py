@@ -36,8 +36,8 @@ from chitu_diffusion.flex_cache._calibration import NOTHING
 from chitu_diffusion.flex_cache.strategy.ditango import Knobs, Strategy
 from chitu_diffusion.guidance import BOTH, guided_prediction
 from chitu_diffusion.models.wan import WanDiT
-from chitu_diffusion.prepare import pick_device, pick_dtype, survey
 from chitu_diffusion.samplers.unipc import Sampler
+from chitu_diffusion.survey import pick_device, pick_dtype, survey
 
 # of a rehearsal or not: model, latent [C, T, h, w]
 SIZES = {True: ("demo", (16, 5, 12, 20)), False: ("Wan2.1-T2V-1.3B", (16, 21, 60, 104))}

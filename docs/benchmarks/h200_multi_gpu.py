@@ -40,8 +40,8 @@ from chitu_diffusion.attention_plan import plan_attention
 from chitu_diffusion.guidance import BOTH, guided_velocity
 from chitu_diffusion.media import to_pixels
 from chitu_diffusion.models.wan import WanDiT
-from chitu_diffusion.prepare import Survey, pick_device, pick_dtype, survey
 from chitu_diffusion.sequence import NO_SHARD
+from chitu_diffusion.survey import Survey, pick_device, pick_dtype, survey
 from chitu_diffusion.vaes._strips import Strips
 from chitu_diffusion.vaes.wan import WanVAE
 

@@ -32,7 +32,7 @@ from chitu_core.config import Config, ModelConfig, load
 from chitu_core.environment import Environment
 from chitu_core.weights import Staging
 from chitu_diffusion.engine import Engine
-from chitu_diffusion.prepare import DEMO_TOKENIZER
+from chitu_diffusion.survey import DEMO_TOKENIZER
 from chitu_diffusion.task import TaskPool
 
 KEYS = Path(__file__).parents[2] / "tests" / "data" / "keys"  # of the 14B model; sizes are replaced

@@ -12,9 +12,9 @@ from chitu_diffusion.memory_choice import Limits
 from chitu_diffusion.memory_gate import MemoryGate, least, settle, videos_of
 from chitu_diffusion.memory_setting import STREAMED, Setting
 from chitu_diffusion.params import DiffusionUserParams
-from chitu_diffusion.prepare import yaml_sizes
 from chitu_diffusion.resolve import resolve
 from chitu_diffusion.result import MemoryRecord
+from chitu_diffusion.survey import yaml_sizes
 
 MODEL = "Wan2.1-T2V-14B"
 HOST = 128 * GIB

@@ -35,9 +35,9 @@ from chitu_diffusion.memory_plan import plan_memory
 from chitu_diffusion.memory_setting import LEVELS, Setting
 from chitu_diffusion.models import _layers
 from chitu_diffusion.models.wan import WanConfig, WanDiT
-from chitu_diffusion.prepare import yaml_sizes
 from chitu_diffusion.quantisation import put_fp8_layers
 from chitu_diffusion.sequence import NO_SHARD
+from chitu_diffusion.survey import yaml_sizes
 from chitu_diffusion.vaes import _tile_plan
 from chitu_diffusion.vaes._strips import Strips
 from chitu_diffusion.vaes._tile_plan import plan_tiles
@@ -333,14 +333,12 @@ def test_a_setting_is_that_of_the_configuration():
     words = ["low_mem_level=4", "stream_dtype=float8_e4m3fn"]
     overrides = ["infer.vae_tile_px=320", "infer.vae_tile_stride_px=256", "infer.vae_dtype=bfloat16"]
     config = config_of("Wan2.1-T2V-1.3B", *overrides, *(f"infer.diffusion.{word}" for word in words))
-    setting = Setting.of(config, sizes_of("Wan2.1-T2V-1.3B"), Place("cuda", A100, BF16, 128), vae_chunk=2)
+    setting = Setting.of(config, sizes_of("Wan2.1-T2V-1.3B"), Place("cuda", A100, BF16, 128))
     assert (setting.tile_px, setting.tile_stride_px) == (320, 256)
-    assert (setting.stream_dtype, setting.vae_dtype) == (torch.float8_e4m3fn, BF16)
+    assert (setting.stream_dtype, setting.vae_dtype, setting.vae_chunk) == (torch.float8_e4m3fn, BF16, 2)
     assert (setting.capability, setting.has_fp8) == (A100, False)
-    plain = Setting.of(
-        config_of("Wan2.1-T2V-1.3B"), setting.sizes, Place("cuda", H100, BF16, 128), vae_chunk=1
-    )
-    assert (plain.stream_dtype, plain.has_fp8) == (None, True)
+    plain = Setting.of(config_of("Wan2.1-T2V-1.3B"), setting.sizes, Place("cuda", H100, BF16, 128))
+    assert (plain.stream_dtype, plain.has_fp8, plain.vae_chunk) == (None, True, 1)
 
 
 @pytest.mark.parametrize("quant", [None, "fp8"])

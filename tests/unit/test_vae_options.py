@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from chitu_core.config import load
 from chitu_core.environment import Environment
 from chitu_diffusion.engine import Engine
-from chitu_diffusion.prepare import pick_vae_chunk
+from chitu_diffusion.survey import pick_vae_chunk
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskPool
 from chitu_diffusion.vaes.wan import WanVAE
 
@@ -65,4 +65,4 @@ def test_the_chunk_of_the_configuration_reaches_the_decoder(tmp_path, monkeypatc
     ],
 )
 def test_auto_takes_two_latent_frames_in_bfloat16_on_a_gpu(chunk, device, dtype, expected):
-    assert pick_vae_chunk(chunk, torch.device(device), dtype) == expected
+    assert pick_vae_chunk(chunk, device, dtype) == expected
