@@ -103,20 +103,20 @@ class Engine:
         self.ledger = Ledger(pool, self.mesh, config, self.log, cache_plan=cache_plan, gate=gate)
         folder, device = self.folder, self.device
         generator = Generator(pipeline, config, self.mesh, folder, device, cache_plan=cache_plan, gate=gate)
-        self._warm_up(generator)
+        self._warm_up(pipeline)
         self.generator: Generator | None = generator
         self._is_amid_step = False
         self.state = BackendState.Initialized
         self.ledger.adopt()
 
     @torch.inference_mode()
-    def _warm_up(self, generator: Generator) -> None:
+    def _warm_up(self, pipeline: Pipeline) -> None:
         """Run what `infer.warmup` lists; an engine that fails at it must not be used."""
         with ExitStack() as undo:
             undo.callback(self.folder.end_log)
             undo.callback(self.mesh.abandon, "failed to warm up")
             with self.mesh.guard("warm-up"):
-                warm_up(generator.pipeline, self.config.infer.warmup_sizes, generator.pixels, self.device)
+                warm_up(pipeline, self.config.infer.warmup_sizes, self.device)
             undo.pop_all()
 
     @property

@@ -5,7 +5,7 @@ All ranks of a replica take the same steps; its leader alone writes.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,8 @@ from chitu_diffusion.encoders.tokenizer import TokenizedPrompt
 from chitu_diffusion.flex_cache._base import Services
 from chitu_diffusion.flex_cache._picture import write
 from chitu_diffusion.guidance import branches_of, guided_prediction, guided_velocity, needs_cfg
-from chitu_diffusion.media import WRITE_ERRORS, VideoWriter, to_pixels, write_json
+from chitu_diffusion.media import WRITE_ERRORS, VideoWriter, write_json
 from chitu_diffusion.memory_gate import MemoryGate
-from chitu_diffusion.outputs import check_writable, video_stem
 from chitu_diffusion.prepare import Pipeline
 from chitu_diffusion.record import cache_record, result_of
 from chitu_diffusion.resolve import ResolvedParams, sampler_of
@@ -34,8 +33,6 @@ from chitu_diffusion.seam import Branch
 from chitu_diffusion.sequence import NO_SHARD
 from chitu_diffusion.stage_log import StageLog
 from chitu_diffusion.task import DiffusionTask, DiffusionTaskType
-from chitu_diffusion.vaes._strips import Strips
-from chitu_diffusion.vaes._tiles import decode_tiled
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +63,6 @@ class Generator:
         self._gate = gate
         self._agree = mesh.agreement()
         self._pair = mesh.branches()
-        self._line = mesh.line()
         self.timer = Timer(device, config.output.enable_timer_dump)
         self._stages = {
             Stage.TextEncode: self.text_encode_step,
@@ -105,7 +101,7 @@ class Generator:
         params, buffer, scales = _params(task), task.buffer, _params(task).guidance_scale
         memory.reset_peak(self.device)
         if self.mesh.is_leader:
-            self._check_outputs(params)
+            self.folder.check(params)
         own = {branch for scale in scales for branch in branches_of(scale, self._pair)}
         texts = {"cond": self._tokens("prompt", params.prompt, task, log)}
         if any(needs_cfg(scale) for scale in scales):
@@ -158,7 +154,7 @@ class Generator:
         with ExitStack() as stack:
             writer = None
             try:
-                writer = stack.enter_context(self._open_writer(params)) if self.mesh.is_leader else None
+                writer = stack.enter_context(self.folder.open_video(params)) if self.mesh.is_leader else None
             except WRITE_ERRORS as error:
                 failure = self._postpone(error)
             with self.mesh.guard("decoding"):
@@ -180,7 +176,7 @@ class Generator:
     def _decode(self, latents: Tensor, writer: VideoWriter | None) -> Exception | None:
         """Decode with all ranks of the replica; its leader writes. What the disk refused comes back."""
         failure: Exception | None = None
-        for pixels in self.pixels(latents):
+        for pixels in self.pipeline.pixels(latents):
             if pixels is None or writer is None or failure is not None:
                 continue
             try:
@@ -191,24 +187,9 @@ class Generator:
 
     def _postpone(self, error: Exception) -> Exception:
         """A disk that refuses must not keep the leader from the exchanges that other ranks wait for."""
-        if self._line is None:
+        if self.pipeline.line is None:
             raise error
         return error
-
-    def pixels(self, latents: Tensor) -> Iterator[Tensor | None]:
-        """Pictures [n, H, W, 3] uint8, chunk by chunk, on the leader; None on the replica's other ranks."""
-        vae, chunk = self.pipeline.vae, self.pipeline.vae_chunk
-        plan = self.pipeline.tile_plan(*latents.shape[-2:])
-        if plan is not None:
-            yield from decode_tiled(vae, latents, plan, chunk, to_pixels)
-            return
-        if self._line is None:
-            yield from map(to_pixels, vae.decode(latents, chunk))
-            return
-        strips = Strips(self._line, *latents.shape[-2:])
-        scale = self.pipeline.spec.vae_stride[1]
-        for frames in vae.decode(latents, chunk, strips):
-            yield strips.collect(to_pixels(frames), scale)
 
     def _tokens(self, key: str, text: str, task: DiffusionTask, log: StageLog) -> TokenizedPrompt:
         """A text's tokens; that there are too many is remarked on every rank."""
@@ -290,29 +271,6 @@ class Generator:
             velocity: Tensor = dit(buffer.latents[None], t, text, shard=shard, around=cache)[0]
             return velocity
         return self.pipeline.forward(dit, buffer.latents[None], t, text, shard=shard)[0]
-
-    def _check_outputs(self, params: ResolvedParams) -> None:
-        """See that the video can be written before it is made."""
-        if params.save_path is not None:
-            check_writable(Path(params.save_path), "save_path")
-        else:
-            check_writable(
-                self._directory(params), "output.root_dir" if params.save_dir is None else "save_dir"
-            )
-
-    def _directory(self, params: ResolvedParams) -> Path:
-        if params.save_dir is not None:
-            return Path(params.save_dir)
-        assert self.folder.path is not None, "opened by the engine before the first step"
-        return self.folder.path
-
-    def _open_writer(self, params: ResolvedParams) -> VideoWriter:
-        """The file: exactly `save_path`, or a free name in `save_dir` or the run directory."""
-        size = (params.width, params.height)
-        if params.save_path is not None:
-            return VideoWriter(Path(params.save_path), params.fps, size)
-        stem = video_stem(params.prompt, params.seed, params.num_inference_steps)
-        return VideoWriter(self._directory(params) / f"{stem}.mp4", params.fps, size, keeps_existing=True)
 
     def _complete(self, task: DiffusionTask, log: StageLog) -> None:
         """Gather the figures of a finished task and write them beside the video."""

@@ -1,9 +1,11 @@
 """From what a survey found to networks on a device, in one order: load, place, quantise, attention, calls."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from chitu_core import weights
 from chitu_core.arena import Lane
@@ -16,6 +18,7 @@ from chitu_diffusion.compilation import choose_block_call
 from chitu_diffusion.cuda_graph import Forward, choose_forward
 from chitu_diffusion.encoders.tokenizer import PromptTokenizer
 from chitu_diffusion.encoders.umt5 import UMT5Encoder
+from chitu_diffusion.media import to_pixels
 from chitu_diffusion.memory_setting import STREAMED, TILED
 from chitu_diffusion.models.wan import WanDiT
 from chitu_diffusion.placing import Placing, both_experts_limit
@@ -26,7 +29,9 @@ from chitu_diffusion.residency import Residency
 from chitu_diffusion.resolve import ResolvedParams
 from chitu_diffusion.spec import ModelSpec
 from chitu_diffusion.survey import DTYPES, Survey, dtype_name, pick_vae_chunk, spec_of
+from chitu_diffusion.vaes._strips import Line, Strips
 from chitu_diffusion.vaes._tile_plan import TilePlan, plan_tiles
+from chitu_diffusion.vaes._tiles import decode_tiled
 from chitu_diffusion.vaes.wan import WanVAE
 
 logger = logging.getLogger(__name__)
@@ -51,6 +56,23 @@ class Pipeline:
     quant: str | None
     dtype: torch.dtype  # of matrix products
     tokens: TokenShard | None  # how this rank's part of a sequence is cut; None where it has all
+    line: Line | None  # the ranks that decode a video together; None where one does
+
+    def pixels(self, latents: Tensor) -> Iterator[Tensor | None]:
+        """Pictures [n, H, W, 3] uint8 of a latent [C, T, h, w], chunk by chunk; None on ranks that only help.
+
+        Ranks that share a video decode a strip of it each, and the first of them has the whole.
+        """
+        plan = self.tile_plan(*latents.shape[-2:])
+        if plan is not None:
+            yield from decode_tiled(self.vae, latents, plan, self.vae_chunk, to_pixels)
+            return
+        if self.line is None:
+            yield from map(to_pixels, self.vae.decode(latents, self.vae_chunk))
+            return
+        strips = Strips(self.line, *latents.shape[-2:])
+        for frames in self.vae.decode(latents, self.vae_chunk, strips):
+            yield strips.collect(to_pixels(frames), self.spec.vae_stride[1])
 
     def tile_plan(self, rows: int, columns: int) -> TilePlan | None:
         """How a latent of so many positions is decoded in tiles; None where it is not."""
@@ -128,6 +150,7 @@ def build_pipeline(
         quant=config.quant,
         dtype=dtype,
         tokens=tokens,
+        line=mesh.line(),
     )
 
 

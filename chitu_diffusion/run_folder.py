@@ -11,18 +11,21 @@ from chitu_core.config import Config
 from chitu_core.environment import Environment
 from chitu_core.logging import RunLog
 from chitu_core.timing import Timer
+from chitu_diffusion.media import VideoWriter
 from chitu_diffusion.outputs import (
     RequestRecord,
     check_writable,
     drop_hydra,
     relocate_hydra,
     run_directory,
+    video_stem,
     write_run_files,
 )
+from chitu_diffusion.resolve import ResolvedParams
 
 
 class RunFolder:
-    """Where videos go that were given no place of their own."""
+    """Where videos go: to a place of their own, or into the run directory."""
 
     def __init__(self, config: Config, environment: Environment) -> None:
         self._config = config
@@ -56,6 +59,29 @@ class RunFolder:
     def adopt(self, path: Path) -> None:
         """Take the directory that rank 0 made."""
         self.path = path
+
+    def check(self, params: ResolvedParams) -> None:
+        """See that a request's video can be written. Raises ValueError naming the setting where it cannot."""
+        if params.save_path is not None:
+            check_writable(Path(params.save_path), "save_path")
+        else:
+            key = "output.root_dir" if params.save_dir is None else "save_dir"
+            check_writable(self._video_directory(params), key)
+
+    def open_video(self, params: ResolvedParams) -> VideoWriter:
+        """A request's file: exactly `save_path`, or a free name in `save_dir` or the run directory."""
+        size = (params.width, params.height)
+        if params.save_path is not None:
+            return VideoWriter(Path(params.save_path), params.fps, size)
+        stem = video_stem(params.prompt, params.seed, params.num_inference_steps)
+        path = self._video_directory(params) / f"{stem}.mp4"
+        return VideoWriter(path, params.fps, size, keeps_existing=True)
+
+    def _video_directory(self, params: ResolvedParams) -> Path:
+        if params.save_dir is not None:
+            return Path(params.save_dir)
+        assert self.path is not None, "opened by the engine before the first step"
+        return self.path
 
     def add_request(self, request: RequestRecord) -> None:
         """Note a request in the run directory, which must be open."""

@@ -2,10 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from chitu_core.config import VideoSize
 from chitu_diffusion.prepare import Pipeline
@@ -16,12 +15,7 @@ logger = logging.getLogger(__name__)
 _LATENT_FRAMES_DECODED = 5  # the first chunk, and one or two of the others, whatever the chunk is
 
 
-def warm_up(
-    pipeline: Pipeline,
-    sizes: Iterable[VideoSize],
-    decode: Callable[[Tensor], Iterable[object]],
-    device: torch.device,
-) -> None:
+def warm_up(pipeline: Pipeline, sizes: Iterable[VideoSize], device: torch.device) -> None:
     """Encode a text, predict once with each expert and decode the first frames, for each of `sizes`.
 
     On several ranks all must call it. Logs the seconds of each size. Raises RuntimeError naming the size that
@@ -30,18 +24,13 @@ def warm_up(
     for size in sizes:
         begin = time.perf_counter()
         try:
-            _run_once(pipeline, size, decode, device)
+            _run_once(pipeline, size, device)
         except RuntimeError as error:
             raise RuntimeError(f"infer.warmup={size}: {error}") from error
         logger.info("warm-up at %s: %.1f s", size, time.perf_counter() - begin)
 
 
-def _run_once(
-    pipeline: Pipeline,
-    size: VideoSize,
-    decode: Callable[[Tensor], Iterable[object]],
-    device: torch.device,
-) -> None:
+def _run_once(pipeline: Pipeline, size: VideoSize, device: torch.device) -> None:
     spec, shard = pipeline.spec, pipeline.tokens or NO_SHARD
     with pipeline.residency.text():
         embeddings = pipeline.prompt_encoder.embed(pipeline.prompt_encoder.tokenize("warm-up"))[None]
@@ -51,7 +40,7 @@ def _run_once(
         pipeline.residency.enter(name)
         pipeline.forward(dit, latent, t, dit.encode_text(embeddings), shard=shard)
     pipeline.residency.leave()
-    for _ in decode(latent[0, :, :_LATENT_FRAMES_DECODED]):
+    for _ in pipeline.pixels(latent[0, :, :_LATENT_FRAMES_DECODED]):
         pass
     if device.type == "cuda":
         torch.cuda.synchronize(device)

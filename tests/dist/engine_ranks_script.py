@@ -40,6 +40,7 @@ from chitu_diffusion import (
     chitu_terminate,
     generator,
     media,
+    run_folder,
 )
 from chitu_diffusion.samplers._flow import FlowSampler
 from chitu_diffusion.vaes._strips import Strips
@@ -181,8 +182,8 @@ def breakage(point: str, struck: Callable[[], None]) -> AbstractContextManager:
         "expert": (engine.generator, "_enter_expert", broken),
         "sampler": (FlowSampler, "step", broken),
         "nan": (FlowSampler, "step", spoil),
-        "open": (generator, "VideoWriter", refused),
-        "codec": (generator, "VideoWriter", raising(ValueError("no codec"))),
+        "open": (run_folder, "VideoWriter", refused),
+        "codec": (run_folder, "VideoWriter", raising(ValueError("no codec"))),
         "put": (media.VideoWriter, "_encode", full),
         "close": (media.os, "fsync", full),
         "record": (generator, "write_json", full),

@@ -60,7 +60,7 @@ def run(engine, **options):
         assert task.is_running(), task.error_message
     latents = task.buffer.latents
     with torch.inference_mode():
-        pictures = torch.cat(list(engine.generator.pixels(latents)))
+        pictures = torch.cat(list(engine.pipeline.pixels(latents)))
     engine.step()
     assert task.status == DiffusionTaskStatus.Completed, task.error_message
     return latents, pictures, task
