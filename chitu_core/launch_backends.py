@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from chitu_core.launch_settings import Settings, rank_count
+from chitu_core.launch_settings import Settings, overridden, rank_count
 
 # What a rank is told. The launcher may itself be run from a rank's shell, and that job is not this one.
 RANK_VARIABLES = (
@@ -70,6 +70,8 @@ def _check_torchrun(settings: Settings, python: str) -> None:
     if subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode:
         remedy = "install torch there, or set CHITU_PYTHON_BIN to a Python that has it"
         raise ValueError(f"launch.backend torchrun: {python} has no torch; {remedy}")
+    if overridden(settings, "infer.op_impl") == "cpu":
+        return
     if 0 < (there := _gpu_count()) < per_node:
         remedy = f"set it to {there} or less"
         raise ValueError(f"launch.gpus_per_node is {per_node}, this machine has {there} GPU(s); {remedy}")

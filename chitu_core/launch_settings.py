@@ -85,7 +85,6 @@ PATHS = (
 WITHOUT_CHECKPOINT = "demo"  # the one model whose weights come with the package
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 PLAIN_TEXT = re.compile(r"(?!(?:null|true|false|nan|inf)\Z)[a-z_/.][\w./@+-]*", re.ASCII | re.IGNORECASE)
-DP_OVERRIDE = re.compile(r"\s*(?:\+\+?)?infer\.dp_size\s*=(.*)", re.DOTALL)
 
 
 def read_settings(config_file: Path, options: Settings) -> dict[str, Any]:
@@ -104,14 +103,21 @@ def rank_count(settings: Settings) -> int:
     return total
 
 
+def overridden(settings: Settings, key: str) -> str | None:
+    """What the last of `overrides` for a key of the engine says, None where there is none."""
+    override = re.compile(rf"\s*(?:\+\+?)?{re.escape(key)}\s*=(.*)", re.DOTALL)
+    texts = [found[1].strip() for text in settings["overrides"] if (found := override.fullmatch(text))]
+    return texts[-1] if texts else None
+
+
 def data_parallel(settings: Settings) -> int:
     """`infer.dp_size` as `overrides` set it, else 1. Raises ValueError if it is no integer of 1 or more."""
-    texts = [found[1].strip() for text in settings["overrides"] if (found := DP_OVERRIDE.fullmatch(text))]
-    if not texts:
+    text = overridden(settings, "infer.dp_size")
+    if text is None:
         return 1
-    if not texts[-1].isdecimal() or int(texts[-1]) < 1:
-        raise ValueError(f"overrides: infer.dp_size must be an integer of 1 or more, got {texts[-1]!r}")
-    return int(texts[-1])
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"overrides: infer.dp_size must be an integer of 1 or more, got {text!r}")
+    return int(text)
 
 
 def context_parallel(settings: Settings) -> int | None:

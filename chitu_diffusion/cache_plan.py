@@ -29,7 +29,7 @@ class CachePlan:
         """Raises ValueError for a calibration that cannot be read."""
         settings, path = config.infer.diffusion, config.infer.diffusion.flexcache_calibration
         self.is_enabled = settings.enable_flexcache
-        self.limit_bytes = round(settings.flexcache_max_gb * GB)
+        self.limit_bytes = settings.flexcache_bytes
         self._wants_graph = config.infer.use_cuda_graph == "on"
         self._spec, self._dit, self._degrees, self._dtype = spec, dit, degrees, dtype
         name, experts = config.models.name, tuple(expert.name for expert in spec.experts)

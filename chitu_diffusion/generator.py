@@ -230,7 +230,10 @@ class Generator:
         assert buffer.sampler is not None
         upcoming = buffer.sampler.timesteps[buffer.current_step : buffer.current_step + 2]
         expert, *after = map(self.pipeline.spec.select_expert, upcoming)
-        self.pipeline.residency.enter(expert.name, after[0].name if after else None)
+        following = after[0].name if after else None
+        is_last = following not in (None, expert.name)
+        spare = self._gate.spare_bytes(params, task.cache_bytes) if is_last else 0
+        self.pipeline.residency.enter(expert.name, following, spare)
         if buffer.expert == expert.name:
             return
         buffer.expert = expert.name

@@ -50,6 +50,13 @@ class MemoryGate:
             return None
         return self._need(_size(params), cache_bytes).plan(self.level, self._resident)
 
+    def spare_bytes(self, params: ResolvedParams, cache_bytes: int) -> int:
+        """What a request leaves of the device while denoising; 0 where nothing is foretold."""
+        plan = self.plan(params, cache_bytes)
+        if plan is None or self._limits is None:
+            return 0
+        return max(0, self._limits.device_usable - plan.denoise_bytes)
+
     def refusal(self, params: ResolvedParams, cache_bytes: int) -> str | None:
         """Why a request does not fit, with settings that would make it; None where it does."""
         if self._limits is None:

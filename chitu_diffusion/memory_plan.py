@@ -108,7 +108,7 @@ def plan_memory(
         _text_encoder(setting, level),
         *_transformers(setting, level, resident_blocks),
         _everywhere("VAE", "device", setting.vae_bytes),
-        *_passing(setting, video, level),
+        *_passing(setting, video, level, cache_bytes),
         Part("activations of decoding", "device", decode=decode.device_bytes),
         Part("features and pictures of tiles", "device, for decoding", decode=decode.kept_bytes),
         Part("step cache", "device, for denoising", denoise=cache_bytes),
@@ -170,17 +170,16 @@ def _slab_bytes(setting: Setting, resident: int) -> int:
     return min(SLABS, len(blocks)) * used + (0 if setting.stream_dtype is None else arriving)
 
 
-def _passing(setting: Setting, video: VideoSize, level: int) -> Iterator[Part]:
+def _passing(setting: Setting, video: VideoSize, level: int, cache_bytes: int) -> Iterator[Part]:
     """What is no weight, but for what a decode holds."""
     dit, dtype = setting.sizes.dit, setting.dtype
     latents = _LATENTS * setting.sizes.vae.z_dim * prod(setting.latent(video)) * FP32_BYTES
     yield Part("latents", "device", denoise=latents, decode=latents)
     texts = setting.own_branches * text_cache_bytes(dit, dtype)
     yield Part("keys and values of text", "device", denoise=texts, decode=texts)
-    waiting = (
-        (setting.tasks - 1) * (latents + texts) if level < DIT_ON_HOST else 0
-    )  # from there on one by one
-    yield _everywhere("state of waiting tasks", "device", waiting)
+    others = setting.tasks - 1 if level < DIT_ON_HOST else 0  # taken to be alike; from there on one by one
+    caches = min(others * cache_bytes, max(0, setting.caches_bytes - cache_bytes))
+    yield _everywhere("state of waiting tasks", "device", others * (latents + texts) + caches)
     text = umt5_bytes(setting.sizes.encoder, setting.text_dtype, dit.text_len)
     yield Part("activations of encoding", "device", text=text)
     tokens = setting.tokens(video)

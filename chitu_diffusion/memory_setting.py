@@ -27,9 +27,10 @@ _STREAM_DTYPES = {"model": None, "float8_e4m3fn": torch.float8_e4m3fn}
 class Setting:
     """What a launch fixes: networks, formats, and how ranks share the work.
 
-    `branches` are those of guidance; `tasks` may be begun and unfinished at once; `local_ranks` processes
-    share this machine's memory; `stream_dtype` is how streamed blocks are stored (None: as they are
-    computed); `capability` is that of the GPU, None for a CPU.
+    `branches` are those of guidance; `tasks` may be begun and unfinished at once, their step caches taking
+    `caches_bytes` of a rank at most; `local_ranks` processes share this machine's memory; `stream_dtype` is
+    how streamed blocks are stored (None: as they are computed); `capability` is that of the GPU, None for a
+    CPU.
     """
 
     sizes: Sizes
@@ -41,6 +42,7 @@ class Setting:
     branches: int = 2
     steps: int = 50
     tasks: int = 1
+    caches_bytes: int = 0
     degrees: Degrees = field(default_factory=Degrees)
     local_ranks: int = 1
     tile_px: int = 256
@@ -70,6 +72,7 @@ class Setting:
             branches=len(BOTH) if any(map(needs_cfg, scales)) else 1,
             steps=config.models.sampler.sample_steps,
             tasks=1 if infer.schedule_policy == "fifo" else infer.max_reqs,
+            caches_bytes=infer.diffusion.flexcache_bytes if infer.diffusion.enable_flexcache else 0,
             degrees=degrees or Degrees(),
             local_ranks=local_ranks,
             tile_px=infer.vae_tile_px,

@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 _TABLE = "token_embedding.weight"
 _TEXT_PROJECTION = ("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k.")  # of a block; once per prompt
-_SHARE_OF_BOTH = 0.75  # of a GPU's memory that two experts may take; the rest is for activations
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,6 @@ def resident_blocks(sizes: Sequence[int], budget_bytes: int) -> frozenset[int]:
         if sum(sizes[i] for i in chosen) <= budget_bytes:
             return chosen
     return frozenset()
-
-
-def both_experts_limit(device: torch.device) -> int:
-    """Bytes that two experts may take together; on a CPU one takes the other's place."""
-    if device.type != "cuda":
-        return 0
-    return int(_SHARE_OF_BOTH * torch.cuda.get_device_properties(device).total_memory)
 
 
 def _split(owner: str, block: nn.Module, packs: bool) -> tuple[Selection, Selection]:

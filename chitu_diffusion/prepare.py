@@ -21,7 +21,7 @@ from chitu_diffusion.encoders.umt5 import UMT5Encoder
 from chitu_diffusion.media import to_pixels
 from chitu_diffusion.memory_setting import STREAMED, TILED
 from chitu_diffusion.models.wan import WanDiT
-from chitu_diffusion.placing import Placing, both_experts_limit
+from chitu_diffusion.placing import Placing
 from chitu_diffusion.prompt_cache import PromptCache
 from chitu_diffusion.prompt_encoder import PromptEncoder
 from chitu_diffusion.quantisation import quantise_layers
@@ -134,7 +134,7 @@ def build_pipeline(
         attention.install(expert)
     for module in (encoder, vae, *experts.values()):
         module.eval().requires_grad_(False)
-    residency = Residency(text_guest, guests, device, both_experts_limit(device))
+    residency = Residency(text_guest, guests, device)
     prompts = PromptCache(config.infer.prompt_cache_mb * 10**6)
     return Pipeline(
         spec=spec_of(config, sizes),

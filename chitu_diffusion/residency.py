@@ -12,16 +12,13 @@ class Residency:
     """The text encoder is on the device while it encodes, one expert while it denoises, neither afterwards.
 
     A network without a guest is there always. While an expert takes its last step its successor is brought
-    beside it, if both fit into `limit_bytes`; else it takes the other's place.
+    beside it, where there is room; else it takes the other's place.
     """
 
-    def __init__(
-        self, text: Guest | None, experts: Mapping[str, Guest], device: torch.device, limit_bytes: int
-    ) -> None:
+    def __init__(self, text: Guest | None, experts: Mapping[str, Guest], device: torch.device) -> None:
         self._text = text
         self._experts = dict(experts)
         self.device = device
-        self._limit_bytes = limit_bytes
         self._entered: str | None = None
 
     @property
@@ -47,17 +44,20 @@ class Residency:
             self._text.release()
             self._give_back()
 
-    def enter(self, expert: str, following: str | None = None) -> None:
+    def enter(self, expert: str, following: str | None = None, spare_bytes: int = 0) -> None:
         """`expert` is on the device from now on; `following`, if it is known, takes the step after the next.
 
-        Raises torch.OutOfMemoryError where it does not fit.
+        It comes now if it takes at most `spare_bytes`. Raises torch.OutOfMemoryError where `expert` does not
+        fit.
         """
         if expert == self._entered and following is None:
             return
         self._entered = None  # until all of it has succeeded
-        wanted = [name for name in dict.fromkeys((expert, following)) if name in self._experts]
-        if sum(self._experts[name].num_bytes for name in wanted) > self._limit_bytes:
-            wanted = [name for name in wanted if name == expert]
+        wanted = [
+            name
+            for name in dict.fromkeys((expert, following))
+            if name in self._experts and (name == expert or self._experts[name].num_bytes <= spare_bytes)
+        ]
         for name, guest in self._experts.items():
             if name not in wanted:
                 guest.release()

@@ -16,6 +16,7 @@ from chitu_diffusion.engine import Engine
 from chitu_diffusion.eval._records import FAILED, SUCCESS, EvalRecord
 from chitu_diffusion.eval._report import PAGE, Folders
 from chitu_diffusion.eval.manager import Team, evaluate, metric_names
+from chitu_diffusion.outputs import check_writable
 from chitu_diffusion.survey import pick_device
 
 
@@ -28,6 +29,8 @@ def evaluate_run(engine: Engine, environment: Environment) -> tuple[EvalRecord, 
     results = [task.result for task in engine.pool.pool.values() if task.result is not None]
     run_dir = engine.folder.path or environment.current_output_dir
     folders = Folders(copies=None if run_dir is None else run_dir / "eval")
+    if environment.rank == 0:
+        check_writable(folders.main, "--out")
     with open_channel(environment) as channel:
         team = Team(channel, environment.rank, environment.world_size)
         return evaluate(results, config, str(engine.device), folders, team)
@@ -66,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
     op_impl = "cpu" if options.device == "cpu" else "torch"
     device = pick_device(op_impl, environment.local_rank, environment.local_world_size)
     folders = _folders(generated, options.out)
+    if environment.rank == 0:
+        check_writable(folders.main, "--out")
     with open_channel(environment) as channel:
         team = Team(channel, environment.rank, environment.world_size)
         records = evaluate(generated, config, str(device), folders, team)

@@ -1,5 +1,6 @@
 """Facts of a loaded model that the engine needs and that no tensor states: experts, strides, shapes."""
 
+import math
 from dataclasses import dataclass
 
 from chitu_core.config import SamplerConfig
@@ -44,5 +45,6 @@ def experts_of(sampler: SamplerConfig) -> tuple[Expert, ...]:
     """One expert, or two split at the boundary: high noise first; guidance values come as (low, high)."""
     if not sampler.boundary:
         return (Expert("dit", 0, 0),)
-    boundary = round(sampler.boundary[0] * sampler.num_train_timesteps)
+    # a timestep is high noise from boundary x num_train_timesteps on; rounded, for 0.9 x 1000 in floats
+    boundary = math.ceil(round(sampler.boundary[0] * sampler.num_train_timesteps, 6))
     return (Expert("high_noise", 1, boundary), Expert("low_noise", 0, 0))

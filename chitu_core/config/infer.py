@@ -101,6 +101,11 @@ class DiffusionConfig:
         return self.low_mem_level
 
     @property
+    def flexcache_bytes(self) -> int:
+        """`flexcache_max_gb` in bytes."""
+        return round(self.flexcache_max_gb * 1e9)
+
+    @property
     def resident_bytes(self) -> int:
         """`resident_gb` in bytes; 0 for auto."""
         return 0 if isinstance(self.resident_gb, str) else int(self.resident_gb * 1e9)

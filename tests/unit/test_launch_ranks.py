@@ -340,12 +340,15 @@ def test_more_ranks_than_gpus_are_refused_where_there_are_gpus(folder, capfd):
     add_program(folder, "nvidia-smi", f"import sys; assert sys.argv[1:] == ['-L']; print('{listed}')")
     line = refused(folder, capfd, {"gpus_per_node": 3})
     assert "launch.gpus_per_node is 3, this machine has 2 GPU(s); set it to 2 or less" in line
-    check_torchrun({"launch.num_nodes": 1, "launch.gpus_per_node": 2}, sys.executable)
+    settings = {"launch.num_nodes": 1, "launch.gpus_per_node": 2, "overrides": []}
+    check_torchrun(settings, sys.executable)
+    on_cpu = {"launch.gpus_per_node": 4, "overrides": ["infer.op_impl=torch", "+infer.op_impl=cpu"]}
+    check_torchrun(settings | on_cpu, sys.executable)
 
 
 def test_a_machine_where_nvidia_smi_lists_nothing_may_run_cpu_ranks(folder):
     add_program(folder, "nvidia-smi", "print('NVIDIA-SMI has failed'); raise SystemExit(9)")
-    check_torchrun({"launch.num_nodes": 1, "launch.gpus_per_node": 2}, sys.executable)
+    check_torchrun({"launch.num_nodes": 1, "launch.gpus_per_node": 2, "overrides": []}, sys.executable)
 
 
 def run_rank(folder, **variables):

@@ -123,3 +123,11 @@ def test_the_plan_is_announced_and_a_warning_where_the_usual_video_does_not_fit(
     assert "text encoder: host" in first
     assert second == first
     assert "would take" in warning
+
+
+def test_what_a_request_leaves_is_for_the_other_expert():
+    params, there = request(), gate(80, 3)
+    usable = Limits(80 * GIB, HOST).device_usable
+    assert there.spare_bytes(params, 0) == usable - there.plan(params, 0).denoise_bytes > 0
+    assert there.spare_bytes(params, 100 * GIB) == 0
+    assert MemoryGate(setting_of(), None, 3, 0).spare_bytes(params, 0) == 0

@@ -310,6 +310,24 @@ def test_a_whole_request_peaks_where_it_was_measured(name, video, vae, measured)
     assert plan_memory(setting, video, 0).device_peak / GIB == pytest.approx(measured(), rel=0.01)
 
 
+def measured_levels():
+    """Requests at a level by name that were measured whole, on an H100."""
+    for case, found in json.loads((BENCHMARKS / "low_memory_h100.json").read_text("utf-8"))["cases"].items():
+        model, _, rest = case.partition(":")
+        size, *level = rest.split(":")
+        if model.startswith("Wan") and level[0] != "auto" and "VAEDecode" in found["peak_gib"]:
+            yield pytest.param(model, size, int(level[0]), found["peak_gib"], id=case)
+
+
+@pytest.mark.parametrize(("model", "size", "level", "measured"), list(measured_levels()))
+def test_every_level_peaks_where_it_was_measured(model, size, level, measured):
+    plan = plan_memory(setting_of(model), VideoSize.parse(size, "size"), level)
+    if level == 3:  # there the first and the last step measured hold the transformer while text and VAE work
+        assert plan.denoise_bytes / GIB == pytest.approx(measured["Denoise"], rel=0.02)
+    else:
+        assert plan.device_peak / GIB == pytest.approx(max(measured.values()), rel=0.02)
+
+
 def h200():
     return json.loads((BENCHMARKS / "h200_end_to_end.json").read_text("utf-8"))
 
@@ -500,6 +518,17 @@ def test_tasks_that_wait_hold_latents_and_text_until_tasks_run_one_by_one():
         held = {part.name: part.denoise for part in one.parts}
         state = held["latents"] + held["keys and values of text"]
         assert three.device_peak - one.device_peak == (2 * state if level < 3 else 0)
+
+
+def test_caches_of_waiting_tasks_count_up_to_their_limit():
+    setting = replace(setting_of("Wan2.1-T2V-14B"), tasks=4)
+    alone = plan_memory(setting, CLIP, 0, cache_bytes=2 * GIB)
+    for limit, waiting in ((GIB, 0), (5 * GIB, 3 * GIB), (20 * GIB, 6 * GIB)):
+        shared = plan_memory(replace(setting, caches_bytes=limit), CLIP, 0, cache_bytes=2 * GIB)
+        assert shared.denoise_bytes - alone.denoise_bytes == waiting
+        assert shared.decode_bytes - alone.decode_bytes == waiting
+    one_by_one = plan_memory(replace(setting, caches_bytes=20 * GIB), CLIP, 3, cache_bytes=2 * GIB)
+    assert one_by_one.parts == plan_memory(setting, CLIP, 3, cache_bytes=2 * GIB).parts
 
 
 def test_copies_that_computation_hides_cost_nothing():

@@ -302,7 +302,7 @@ def test_a_placed_text_encoder_encodes_the_same_at_every_level(level):
             encoders.append(UMT5Encoder(UMT5))
         guest = Placing(each, False, 0, fill, Lane(CPU)).encoder(encoders[-1], torch.float32)
     ids = torch.tensor([[3, 17, 96, 1]])
-    with torch.inference_mode(), Residency(guest, {}, CPU, 0).text():
+    with torch.inference_mode(), Residency(guest, {}, CPU).text():
         assert torch.equal(encoders[1](ids), encoders[0](ids))
     assert guest is None or guest.device_bytes == 0
 
@@ -332,13 +332,13 @@ SWAPPED = ["fetch high", "bring high", "bring high", "release high", "fetch low"
 BESIDE = ["fetch high", "bring high", "fetch low", "bring high", "release high", "bring low"]
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(19, SWAPPED), (20, BESIDE)])
-def test_the_second_expert_is_fetched_early_only_if_both_fit(limit, expected):
+@pytest.mark.parametrize(("spare", "expected"), [(9, SWAPPED), (10, BESIDE)])
+def test_the_second_expert_is_fetched_early_only_where_there_is_room(spare, expected):
     events = []
     guests = {name: FakeGuest(name, events) for name in ("high", "low")}
-    residency = Residency(FakeGuest("text", []), guests, CPU, limit)
+    residency = Residency(FakeGuest("text", []), guests, CPU)
     for step in [("high", "high"), ("high",), ("high", "low"), ("high",), ("low", None), ("low",)]:
-        residency.enter(*step)
+        residency.enter(*step, spare_bytes=spare)
     assert events == expected
     assert residency.device_bytes == 10
     residency.leave()
@@ -348,7 +348,7 @@ def test_the_second_expert_is_fetched_early_only_if_both_fit(limit, expected):
 
 def test_the_text_encoder_and_an_expert_are_never_on_the_device_together():
     events = []
-    residency = Residency(FakeGuest("text", events), {"dit": FakeGuest("dit", events)}, CPU, 100)
+    residency = Residency(FakeGuest("text", events), {"dit": FakeGuest("dit", events)}, CPU)
     residency.enter("dit")  # of a task that was cancelled
 
     def encode():
@@ -362,7 +362,7 @@ def test_the_text_encoder_and_an_expert_are_never_on_the_device_together():
 
 
 def test_networks_without_a_guest_are_left_alone():
-    residency = Residency(None, {}, CPU, 0)
+    residency = Residency(None, {}, CPU)
     with residency.text():
         residency.enter("dit", "dit")
     residency.leave()
