@@ -6,10 +6,11 @@ Attention is a value of a block, so a schedule is an exchange of values between 
 from dataclasses import dataclass, replace
 
 from chitu_core import attention
-from chitu_core.attention import Attention, Place, check_ring, spread
+from chitu_core.attention import Attention, Place, Timed, check_ring, spread
 from chitu_core.config import AttentionScheduleConfig, InferConfig
 from chitu_core.distributed import ParallelMesh
 from chitu_core.distributed.collectives import TokenShard
+from chitu_core.timing import Timer
 from chitu_diffusion.models.wan import WanDiT
 
 
@@ -21,6 +22,8 @@ class AttentionPlan:
     exact: Attention
     cross: Attention
     schedule: AttentionScheduleConfig
+    timer: Timer | None = None  # of ranks that share a sequence: it counts calls of self-attention
+    ranks: int = 1
 
     @property
     def name(self) -> str:
@@ -32,23 +35,28 @@ class AttentionPlan:
         """The cross-attention backend."""
         return self.cross.name
 
-    def spread(self, mesh: ParallelMesh, tokens: TokenShard | None) -> "AttentionPlan":
+    def spread(
+        self, mesh: ParallelMesh, tokens: TokenShard | None, timer: Timer | None = None
+    ) -> "AttentionPlan":
         """The same for a rank that holds a part of each sequence; cross-attention needs no other rank."""
+        if tokens is None:
+            return self
         chosen = spread(self.chosen, mesh, tokens)
         exact = chosen if self.exact is self.chosen else spread(self.exact, mesh, tokens)
-        return replace(self, chosen=chosen, exact=exact)
+        return replace(self, chosen=chosen, exact=exact, timer=timer, ranks=mesh.degrees.cp)
 
     def install(self, dit: WanDiT) -> None:
         """Give every block its attention."""
         for layer, block in enumerate(dit.block_list()):
-            block.self_attn.attention = self.exact if layer in self.schedule.exact_layers else self.chosen
+            is_exact = layer in self.schedule.exact_layers
+            block.self_attn.attention = self._timed(self.exact if is_exact else self.chosen)
             block.cross_attn.attention = self.cross
 
     def enter_step(self, dit: WanDiT, step: int, total: int) -> None:
         """Exchange the blocks' attention as the schedule says; `step` counts in the request's own run."""
         if not self._has_exact_steps:
             return
-        wanted = self.exact if self._is_exact_step(step, total) else self.chosen
+        wanted = self._timed(self.exact if self._is_exact_step(step, total) else self.chosen)
         for layer, block in enumerate(dit.block_list()):
             if layer not in self.schedule.exact_layers:
                 block.self_attn.attention = wanted
@@ -61,6 +69,9 @@ class AttentionPlan:
         layers = ", ".join(map(str, self.schedule.exact_layers))
         exact_layers = f", blocks {layers} excepted" if layers else ""
         return (f"self-attention: {self.name} in {lossy_steps} of {total} steps{exact_layers}",)
+
+    def _timed(self, attention: Attention) -> Attention:
+        return attention if self.timer is None else Timed(attention, self.timer, f"cp{self.ranks}_attn")
 
     @property
     def _has_exact_steps(self) -> bool:

@@ -123,7 +123,8 @@ class CachePlan:
         total = self._spec.seq_len(shape)
         length = -(-total // self._degrees.cp)
         own = min(max(total - cp_index * length, 0), length)
-        course = Course(self._model, steps, asked.warmup, asked.cooldown, own, self._dtype)
+        ends = asked.warmup, asked.cooldown
+        course = Course(self._model, steps, *ends, params.sample_shift, own, self._dtype)
         return _strategy(asked)(course, params.knobs, services)
 
 

@@ -19,6 +19,7 @@ from chitu_core import memory
 from chitu_core.config import Config, InferConfig, VideoSize
 from chitu_core.distributed import Degrees, RankFailure, open_mesh, plan_degrees
 from chitu_core.environment import Environment
+from chitu_core.timing import Timer
 from chitu_diffusion.attention_plan import AttentionPlan, plan_attention
 from chitu_diffusion.cache_plan import CachePlan
 from chitu_diffusion.generator import Generator
@@ -96,13 +97,22 @@ class Engine:
             each = diffusion.resident_bytes // len(found.sizes.experts)
             gate = MemoryGate(setting, limits, diffusion.level, each)
             gate.announce(videos)
-            pipeline = self._build(found, attention)
+            timer = Timer(self.device, config.output.enable_timer_dump)
+            pipeline = self._build(found, attention, timer)
             undo.pop_all()
         self.log = StageLog(environment, config.output.enable_timer_dump, is_quiet=not self.mesh.is_leader)
         self.scheduler = _scheduler(config.infer, cache_plan.limit_bytes)
         self.ledger = Ledger(pool, self.mesh, config, self.log, cache_plan=cache_plan, gate=gate)
-        folder, device = self.folder, self.device
-        generator = Generator(pipeline, config, self.mesh, folder, device, cache_plan=cache_plan, gate=gate)
+        generator = Generator(
+            pipeline,
+            config,
+            self.mesh,
+            self.folder,
+            self.device,
+            timer=timer,
+            cache_plan=cache_plan,
+            gate=gate,
+        )
         self._warm_up(pipeline)
         self.generator: Generator | None = generator
         self._is_amid_step = False
@@ -197,11 +207,11 @@ class Engine:
             raise RuntimeError("this engine is terminated; call chitu_init for a new one")
         return self.generator
 
-    def _build(self, found: Survey, attention: AttentionPlan) -> Pipeline:
+    def _build(self, found: Survey, attention: AttentionPlan, timer: Timer) -> Pipeline:
         """Make the networks on every rank, or on none."""
         pipeline, error = None, None
         try:
-            pipeline = build_pipeline(self.config, found, attention, self.mesh, self.device)
+            pipeline = build_pipeline(self.config, found, attention, self.mesh, self.device, timer)
         except (ValueError, RuntimeError, OSError) as caught:
             error = caught
         failures = self.channel.gather("" if error is None else f"{type(error).__name__}: {error}")

@@ -51,6 +51,7 @@ class Generator:
         folder: RunFolder,
         device: torch.device,
         *,
+        timer: Timer,
         cache_plan: CachePlan,
         gate: MemoryGate,
     ) -> None:
@@ -63,7 +64,7 @@ class Generator:
         self._gate = gate
         self._agree = mesh.agreement()
         self._pair = mesh.branches()
-        self.timer = Timer(device, config.output.enable_timer_dump)
+        self.timer = timer
         self._stages = {
             Stage.TextEncode: self.text_encode_step,
             Stage.Denoise: self.denoise_step,
@@ -214,7 +215,7 @@ class Generator:
         buffer.seed_g = torch.Generator(self.device).manual_seed(params.seed)
         buffer.latents = torch.randn(shape, generator=buffer.seed_g, device=self.device, dtype=torch.float32)
         buffer.timesteps = torch.tensor(buffer.sampler.timesteps, device=self.device)
-        services = Services(self._agree, self._time_signal, self.pipeline.attention.chosen)
+        services = Services(self._agree, self._time_signal, self.pipeline.attention.chosen, self.timer.span)
         cache = self._cache_plan.build(params, buffer.sampler, services, self.mesh.cp_index)
         if cache is not None:
             log.reuse(task.task_id, f"flexcache={cache.name} {params.knobs}")

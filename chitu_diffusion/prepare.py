@@ -13,6 +13,7 @@ from chitu_core.config import Config, DiffusionConfig, InferConfig
 from chitu_core.distributed import ParallelMesh
 from chitu_core.distributed.collectives import TokenShard
 from chitu_core.ops.rows import HAS_TRITON
+from chitu_core.timing import Timer
 from chitu_diffusion.attention_plan import AttentionPlan
 from chitu_diffusion.compilation import choose_block_call
 from chitu_diffusion.cuda_graph import Forward, choose_forward
@@ -98,16 +99,22 @@ def _vae_dtype(name: str) -> torch.dtype:
 
 
 def build_pipeline(
-    config: Config, found: Survey, attention: AttentionPlan, mesh: ParallelMesh, device: torch.device
+    config: Config,
+    found: Survey,
+    attention: AttentionPlan,
+    mesh: ParallelMesh,
+    device: torch.device,
+    timer: Timer,
 ) -> Pipeline:
     """Make every network of a survey on `device`, ready to run on this rank of `mesh`.
 
-    Raises ValueError for a file or a tensor that is not what its header said.
+    An enabled `timer` counts attention that ranks share. Raises ValueError for a file or a tensor that is not
+    what its header said.
     """
     sizes, fill, dtype = found.sizes, found.fill, found.place.dtype
     tokenizer = PromptTokenizer(found.tokenizer_dir, sizes.text_len, sizes.encoder.vocab_size)
     tokens = mesh.tokens()
-    attention = attention.spread(mesh, tokens)
+    attention = attention.spread(mesh, tokens, _attention_timer(config.infer, timer))
     # NOTE T5 overflows in fp16, so bf16 stands in there
     text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     vae_dtype = _vae_dtype(config.infer.vae_dtype)
@@ -152,6 +159,14 @@ def build_pipeline(
         tokens=tokens,
         line=mesh.line(),
     )
+
+
+def _attention_timer(config: InferConfig, timer: Timer) -> Timer | None:
+    """A graph has no place for marks."""
+    if timer.is_enabled() and config.compile == "on":
+        logger.warning("output.enable_timer_dump: under infer.compile=on attention is not timed by itself")
+        return None
+    return timer if timer.is_enabled() else None
 
 
 def _tiling(config: InferConfig, mesh: ParallelMesh) -> tuple[int, int] | None:

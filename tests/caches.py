@@ -55,7 +55,7 @@ def course(
     levels = zip(sampler.timesteps, sampler.sigmas, sampler.sigmas[1:], names, strict=False)
     steps = tuple(Step(index, t, s, after, name) for index, (t, s, after, name) in enumerate(levels))
     model = Model("tiny", CONFIG.num_layers, tuple(dict.fromkeys(names)), calibration)
-    return Course(model, steps, warmup, cooldown, tokens, torch.float32)
+    return Course(model, steps, warmup, cooldown, SHIFT, tokens, torch.float32)
 
 
 def calibration(count: int, names: tuple[str, ...] = ("dit",)) -> Calibration:

@@ -4,7 +4,7 @@
 """
 
 from chitu_core.attention._base import Attention, LseAttention, Place
-from chitu_core.attention._parallel import Ring, Ulysses, check_ring, merge, spread
+from chitu_core.attention._parallel import Ring, Timed, Ulysses, check_ring, merge, spread
 from chitu_core.attention._select import (
     ALIASES,
     CROSS_RANKING,
@@ -31,6 +31,7 @@ __all__ = [
     "Place",
     "Rank",
     "Ring",
+    "Timed",
     "Ulysses",
     "canonical",
     "check_ring",

@@ -13,6 +13,7 @@ from chitu_core.attention._base import Attention, LseAttention, Place
 from chitu_core.attention._select import GIVES_LSE
 from chitu_core.distributed.collectives import Line, TokenShard, gather_heads, scatter_heads
 from chitu_core.distributed.mesh import ParallelMesh
+from chitu_core.timing import Timer
 
 
 class _Around(Attention):
@@ -27,6 +28,19 @@ class _Around(Attention):
     def unavailable(cls, variant: str, place: Place) -> str | None:
         """Made for a kernel that is there."""
         return None
+
+
+class Timed(_Around):
+    """An attention whose calls a timer counts under a name."""
+
+    def __init__(self, inner: Attention, timer: Timer, name: str) -> None:
+        super().__init__(inner)
+        self._timer, self._span = timer, name
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `Attention`."""
+        with self._timer.span(self._span):
+            return self.inner(q, k, v)
 
 
 class DropPadding(_Around):
@@ -74,8 +88,8 @@ class Ring(_Around):
         for step in range(size):
             works = []
             if step < size - 1:
-                works = self.line.start([((index + 1) % size, held)], [((index - 1) % size, spare)])
-            valid = self.tokens.total - (index - step) % size * k.shape[1]
+                works = self.line.start([((index - 1) % size, held)], [((index + 1) % size, spare)])
+            valid = self.tokens.total - (index + step) % size * k.shape[1]
             if valid > 0:
                 part = self.kernel.with_lse(q, *held[:, :, :valid])
                 out, lse = part if out is None or lse is None else merge(out, lse, *part)

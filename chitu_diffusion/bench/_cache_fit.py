@@ -37,7 +37,7 @@ class Chosen:
     remarks: tuple[str, ...]
 
 
-def calibrate(observed: Mapping[str, Observed], course: Course, shift: float) -> Chosen:
+def calibrate(observed: Mapping[str, Observed], course: Course) -> Chosen:
     """Fit all experts that `course` uses; its forced steps are those for which thresholds are chosen.
 
     Points of the first `course.warmup` steps are left out of the fit: they are computed anyway, and there the
@@ -58,7 +58,7 @@ def calibrate(observed: Mapping[str, Observed], course: Course, shift: float) ->
             f"teacache, {name}: degree {degree} over {len(changes)} steps, {error:.1%} off (rms, relative)"
         )
     tables = {name: MagRatios(one.sigmas, one.cond, one.uncond) for name, one in observed.items()}
-    tea = TeaCalibration(len(course.steps), shift, (0.0, 0.0), fits)
+    tea = TeaCalibration(len(course.steps), course.shift, (0.0, 0.0), fits)
     mag = MagCalibration((0.0, 0.0), MAX_REUSES, RETENTION, tables)
     model = replace(course.model, calibration=Calibration("these runs", tea, mag))
     course = replace(course, model=model)

@@ -17,7 +17,7 @@ from chitu_diffusion.eval._frames import Frames
 from chitu_diffusion.guidance import branches_of
 from chitu_diffusion.media import to_pixels
 from chitu_diffusion.prepare import Pipeline
-from chitu_diffusion.resolve import resolve, sampler_of
+from chitu_diffusion.resolve import resolve
 from chitu_diffusion.result import TaskResult
 from chitu_diffusion.task import (
     DiffusionTask,
@@ -145,6 +145,6 @@ def _decode(pipeline: Pipeline, latents: Tensor) -> Frames:
 def exact_forwards(request: DiffusionUserParams, model: ModelConfig, pipeline: Pipeline) -> int:
     """Forwards of the transformer that a request takes without a cache."""
     params = resolve(request, model)
-    course = course_of(sampler_of(params, model.sampler), pipeline.spec, model_of(model.name, pipeline))
+    course = course_of(params, model.sampler, pipeline.spec, model_of(model.name, pipeline))
     experts = (pipeline.spec.select_expert(step.timestep) for step in course.steps)
     return sum(len(branches_of(params.guidance_scale[expert.guidance_index])) for expert in experts)

@@ -68,10 +68,17 @@ class Trace:
 
 
 def course_of(
-    sampler: FlowSampler, spec: ModelSpec, model: Model, *, warmup: int = 0, cooldown: int = 0
+    params: ResolvedParams,
+    settings: SamplerConfig,
+    spec: ModelSpec,
+    model: Model,
+    *,
+    warmup: int = 0,
+    cooldown: int = 0,
 ) -> Course:
     """The steps of a run, of which no strategy keeps anything."""
-    return Course(model, steps_of(sampler, spec), warmup, cooldown, 0, torch.float32)
+    steps = steps_of(sampler_of(params, settings), spec)
+    return Course(model, steps, warmup, cooldown, params.sample_shift, 0, torch.float32)
 
 
 def model_of(name: str, pipeline: Pipeline) -> Model:
@@ -86,7 +93,7 @@ def observe(
 ) -> dict[str, Observed]:
     """Make every run without a cache, all of the same steps, and say what was seen, by expert."""
     first = runs[0]
-    course = course_of(sampler_of(first, settings), pipeline.spec, model_of("", pipeline))
+    course = course_of(first, settings, pipeline.spec, model_of("", pipeline))
     signals = changes_of(course, partial(_time_signal, pipeline, device)).tolist()
     traces = [trace(params, course, pipeline, sampler_of(params, settings))[0] for params in runs]
     found = {}

@@ -34,7 +34,7 @@ from chitu_diffusion.bench._setup import (
 )
 from chitu_diffusion.bench.e2e import WARM_UP_STEPS, add_request
 from chitu_diffusion.params import STRATEGY_PACKAGE
-from chitu_diffusion.resolve import resolve, sampler_of
+from chitu_diffusion.resolve import resolve
 from chitu_diffusion.survey import dtype_name
 from chitu_diffusion.task import DiffusionUserParams, FlexCacheParams
 
@@ -268,14 +268,15 @@ def _calibrate(plan: _Plan) -> int:
         pipeline = engine.pipeline
         observed = observe(runs, pipeline, settings, engine.device)
         course = course_of(
-            sampler_of(runs[0], settings),
+            runs[0],
+            settings,
             pipeline.spec,
             model_of(config.models.name, pipeline),
             warmup=options.warmup,
             cooldown=options.cooldown,
         )
         where = heading(options, "flexcache", add_arguments, plan.video.name, subject_of(engine))
-    chosen = calibrate(observed, course, settings.sample_shift)
+    chosen = calibrate(observed, course)
     size = f"{plan.video.width}x{plan.video.height}, {plan.video.num_frames} frames"
     scales = ", ".join(f"{scale:g}" for scale in runs[0].guidance_scale)
     machine = where["environment"]

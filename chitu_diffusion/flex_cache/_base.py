@@ -7,6 +7,7 @@ decides from what is equal on all ranks, and keeps this rank's tokens alone. The
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -73,6 +74,7 @@ class Course:
     steps: tuple[Step, ...]
     warmup: int
     cooldown: int
+    shift: float  # of the noise levels, as the sampler takes it
     tokens: int  # of this rank, without padding
     dtype: torch.dtype  # in which features are kept
 
@@ -89,6 +91,7 @@ class Services:
     agree: Agree
     time_signal: TimeSignal
     attention: Attention  # of the blocks, with what shares a sequence around its kernel
+    span: Callable[[str], AbstractContextManager[object]] = nullcontext  # what is done inside is timed
 
 
 class FlexCache(ABC):

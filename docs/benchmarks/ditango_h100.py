@@ -82,7 +82,7 @@ class Runs:
         levels = zip(sampler.timesteps, sampler.sigmas, sampler.sigmas[1:], strict=False)
         steps = tuple(Step(index, *level, "only") for index, level in enumerate(levels))
         dtype = self.network.found.place.dtype
-        course = Course(self.model, steps, FORCED, FORCED, self.network.tokens, dtype)
+        course = Course(self.model, steps, FORCED, FORCED, SHIFT, self.network.tokens, dtype)
         return Strategy(course, Strategy.complete(Knobs(group_size), ratio, self.model), self.services)
 
     def run(self, count: int, group_size: int, ratio: float | None) -> dict:

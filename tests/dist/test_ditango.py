@@ -14,6 +14,7 @@ from chitu_core.attention import spread
 from chitu_core.attention.torch_sdpa import Backend
 from chitu_core.distributed import Degrees, collectives
 from chitu_core.distributed.mesh import ParallelMesh, _with_groups
+from chitu_core.timing import Timer
 from chitu_core.weights import randomise
 from chitu_diffusion.flex_cache import _ditango_exchange
 from chitu_diffusion.flex_cache._base import Course, Model, Services, Sizes, Step
@@ -39,7 +40,7 @@ SELECTIVE = {"gate": 10.0, "quantile": 0.5, "tau_max": 3}  # one anchor
 def course(degrees: Degrees, steps: int = STEPS, warmup: int = 2) -> Course:
     model = Model("tiny", LAYERS, ("only",), NOTHING, degrees.ring, degrees.ulysses)
     levels = tuple(Step(i, 1000 - 10 * i, 1 - i / steps, 1 - (i + 1) / steps, "only") for i in range(steps))
-    return Course(model, levels, warmup, 1, 0, torch.float32)
+    return Course(model, levels, warmup, 1, 1.0, 0, torch.float32)
 
 
 class Run:
@@ -344,7 +345,9 @@ CONFIG = WanConfig(48, 96, 4, LAYERS, 32, 24, 12, 4, 4, (1, 2, 2), 1e-6)
 
 
 @torch.no_grad()
-def denoise(degrees: Degrees, group_size: int, knobs: dict | None) -> tuple[torch.Tensor, dict, int]:
+def denoise(
+    degrees: Degrees, group_size: int, knobs: dict | None, timer: Timer | None = None
+) -> tuple[torch.Tensor, dict, int]:
     """Velocities of a few Euler steps of a whole transformer, decisions, and reused steps; exact without knobs."""
     mesh = _with_groups(ParallelMesh(degrees, dist.get_rank()), "gloo")
     with torch.device("meta"):
@@ -360,7 +363,9 @@ def denoise(degrees: Degrees, group_size: int, knobs: dict | None) -> tuple[torc
     plan, strategy, velocities = course(degrees, 8), None, []
     if knobs is not None:
         settings = Strategy.complete(Knobs(group_size=group_size, **knobs), 0.5, plan.model)
-        strategy = Strategy(plan, settings, Services(mesh.agreement(), lambda *_: None, attention))
+        timer = timer or Timer(torch.device("cpu"), enabled=False)
+        services = Services(mesh.agreement(), lambda *_: None, attention, timer.span)
+        strategy = Strategy(plan, settings, services)
 
     def predict(time, branch):
         if strategy is not None:
@@ -397,6 +402,21 @@ def test_ranks_of_a_replica_decide_alike_and_agree_on_every_velocity(run_ranks, 
     for velocities, codes, _ in others:
         assert codes == first[1]
         assert torch.equal(velocities, first[0])
+
+
+def timed(degrees: Degrees, group_size: int) -> dict[str, int]:
+    timer = Timer(torch.device("cpu"), enabled=True)
+    denoise(degrees, group_size, SELECTIVE, timer)
+    return {row.name: row.samples for row in timer.statistics()}
+
+
+def test_calls_are_timed_by_what_they_compute(run_ranks):
+    for found in run_ranks(4, timed, *WHOLE["ring 2 x ulysses 2"]):
+        calls = {name: count for name, count in found.items() if "attn" in name}
+        assert set(calls) <= {"anchor_attn", "sele_attn_0", "sele_attn_1", "sele_attn_2"}
+        assert calls["anchor_attn"] >= 2 * LAYERS  # of both branches
+        assert sum(calls.values()) > calls["anchor_attn"]
+        assert found["ditango_plan_sync"] == 5  # of 8 steps, two forced at the start and one at the end
 
 
 def test_a_ratio_near_zero_computes_everything_in_a_transformer_too(run_ranks):

@@ -11,6 +11,7 @@ from chitu_core import attention
 from chitu_core.attention import Attention, Place
 from chitu_core.config import AttentionScheduleConfig, Config, load
 from chitu_core.environment import Environment
+from chitu_core.timing import Timer
 from chitu_diffusion.attention_plan import AttentionPlan, plan_attention
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.models.wan import WanDiT
@@ -146,3 +147,22 @@ def test_the_record_names_both_backends(tmp_path):
     engine.close()
     assert (task.result.attention, task.result.cross_attention) == ("sdpa", "sdpa")
     assert task.result.approximations == ()
+
+
+def test_attention_that_ranks_share_is_timed_on_request():
+    timer = Timer(torch.device("cpu"), enabled=True)
+    shared, dit = replace(plan(first=1, layers=(0,)), timer=timer, ranks=2), WanDiT(TINY)
+    shared.install(dit)
+    assert held(dit) == held_by(plan(first=1, layers=(0,)))
+    shared.enter_step(dit, 0, 4)
+    q = torch.randn(1, 3, 2, 16)
+    for block in dit.block_list():
+        block.self_attn.attention(q, q, q)
+    (row,) = timer.statistics()
+    assert (row.name, row.samples) == ("cp2_attn", len(dit.block_list()))
+
+
+def held_by(plain: AttentionPlan) -> list[str]:
+    dit = WanDiT(TINY)
+    plain.install(dit)
+    return held(dit)

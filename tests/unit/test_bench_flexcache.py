@@ -5,6 +5,7 @@ Speed itself is not tested.
 
 import argparse
 import csv
+import dataclasses
 import json
 import shutil
 import sys
@@ -266,7 +267,7 @@ def steps_of(sigmas, expert="dit"):
 def course():
     """50 steps, ten of them forced, of a model with one expert."""
     return Course(
-        Model("tiny", 4, ("dit",), NOTHING), steps_of(np.linspace(1, 0.02, 50)), 5, 5, 0, torch.float32
+        Model("tiny", 4, ("dit",), NOTHING), steps_of(np.linspace(1, 0.02, 50)), 5, 5, 3.0, 0, torch.float32
     )
 
 
@@ -312,9 +313,9 @@ def test_the_threshold_is_the_smallest_that_comes_nearest():
 
 
 def test_thresholds_compute_the_shares_that_they_are_for(course, observed):
-    chosen = calibrate(observed, course, 3.0)
+    chosen = calibrate(observed, course)
     tea, mag = chosen.calibration.teacache, chosen.calibration.magcache
-    measured = Course(Model("tiny", 4, ("dit",), chosen.calibration), course.steps, 5, 5, 0, torch.float32)
+    measured = dataclasses.replace(course, model=Model("tiny", 4, ("dit",), chosen.calibration))
     changes = [-1.0, *observed["dit"].signal_changes]
     for threshold, share in zip(tea.thresholds, SHARES, strict=True):
         fresh = teacache.schedule(measured, changes, teacache.Knobs(threshold))
@@ -327,7 +328,7 @@ def test_thresholds_compute_the_shares_that_they_are_for(course, observed):
 
 
 def test_a_calibration_reads_back_as_it_was_chosen(course, observed, tmp_path):
-    chosen = calibrate(observed, course, 3.0)
+    chosen = calibrate(observed, course)
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml_of(chosen, ["about it"]), "utf-8")
     found = read(file)
@@ -349,7 +350,7 @@ def test_too_few_steps_for_a_fit_are_refused(course, observed):
     one = observed["dit"]
     few = Observed(one.sigmas[:5], *(values[:4] for values in list(vars(one).values())[1:]))
     with pytest.raises(ValueError, match="expert dit needs more than 5 steps"):
-        calibrate({"dit": few}, course, 3.0)
+        calibrate({"dit": few}, course)
 
 
 def test_a_trace_measures_how_residuals_change_by_branch():
@@ -375,7 +376,7 @@ def test_a_traced_run_is_the_one_that_an_engine_makes(tmp_path):
     params, pipeline = resolve(request, config.models), engine.pipeline
     sampler = sampler_of(params, settings)
     with torch.inference_mode():
-        course = course_of(sampler, pipeline.spec, model_of("demo", pipeline))
+        course = course_of(params, settings, pipeline.spec, model_of("demo", pipeline))
         traces, latents = trace(params, course, pipeline, sampler)
         frames = torch.cat([to_pixels(part) for part in pipeline.vae.decode(latents, 1)]).numpy()
     request = DiffusionUserParams(**(vars(request) | {"save_path": str(tmp_path / "video.mp4")}))

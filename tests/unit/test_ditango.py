@@ -263,6 +263,25 @@ def test_a_setting_out_of_range_is_refused(setting, message):
         Knobs(**setting)
 
 
+@pytest.mark.parametrize(
+    ("degrees", "size"),
+    [
+        (Degrees(ring=2), 1),
+        (Degrees(ring=4), 2),
+        (Degrees(ring=2, ulysses=2), 2),
+        (Degrees(ring=2, ulysses=4), 4),
+    ],
+)
+def test_groups_are_of_two_or_of_as_few_as_fit(degrees, size):
+    assert Strategy.complete(Knobs(), 0.5, model(degrees)).group_size == size
+
+
+@pytest.mark.parametrize(("ulysses", "limit"), [(2, 1), (4, 2), (8, 2)])
+def test_without_a_ring_a_plain_request_is_told_the_limit_that_makes_one(ulysses, limit):
+    with pytest.raises(ValueError, match=rf"ulysses {ulysses}: .*up_limit={limit}"):
+        Strategy.complete(Knobs(), 0.5, model(Degrees(ulysses=ulysses)))
+
+
 def test_without_other_ranks_the_strategy_is_idle():
     assert "none share a sequence" in Strategy.idle(model(Degrees(cfg=2)))
     assert Strategy.idle(model(Degrees(ring=2))) is None

@@ -609,3 +609,10 @@ def test_a_picture_has_a_square_a_step_in_the_documented_colours(tmp_path):
 def test_pab_paints_the_deeper_blue_where_both_kinds_are_reused():
     codes = caches.denoise("pab", ALWAYS["pab"]).codes
     assert [codes[step] for step in range(12)] == [0, 0, 1, 3, 3, 2, 3, 3, 1, 3, 3, 0]
+
+
+def test_teacache_says_where_a_run_is_not_as_it_was_fitted():
+    run = caches.course(COUNT, calibration=caches.calibration(COUNT))
+    for changed, words in (({"shift": 8.0}, "12 and 8"), ({"steps": run.steps[:-1]}, "11 and 3")):
+        [remark] = caches.make("teacache", dataclasses.replace(run, **changed)).remarks()
+        assert remark == f"flexcache=teacache: fitted at 12 steps and shift 3; this run has {words}"

@@ -37,16 +37,18 @@ _GATE = 0.6  # of the ratio
 
 @dataclass(frozen=True)
 class Knobs:
-    """`group_size` ranks are one group; a mean relative change of `gate` makes the next step an anchor; the
-    `quantile` of expected errors is the threshold; a state older than `tau_max` steps is computed."""
+    """`group_size` ranks are one group (None: 2 if they fit, else as few as do); a mean relative change of
+    `gate` makes the next step an anchor; the `quantile` of expected errors is the threshold; a state older
+    than `tau_max` steps is computed."""
 
-    group_size: int = 2
+    group_size: int | None = None
     gate: float | None = None
     quantile: float | None = None
     tau_max: int = 8
 
     def __post_init__(self) -> None:
-        check_whole("group_size", self.group_size, 1)
+        if self.group_size is not None:
+            check_whole("group_size", self.group_size, 1)
         check_number("gate", self.gate, 0)
         check_number("quantile", self.quantile, 0, 1)
         check_whole("tau_max", self.tau_max, 1)
@@ -83,19 +85,19 @@ class Strategy(FlexCache):
 
     @classmethod
     def complete(cls, asked: Knobs, ratio: float, model: Model) -> Settings:
-        check_layout(asked.group_size, model.ring, model.ulysses)
+        size = group_size(asked.group_size, model.ring, model.ulysses)
         if model.has_attention_schedule:
             remedy = "leave the schedule at 0, or choose another strategy"
             raise ValueError(
                 f"flexcache=ditango: it takes one attention, and infer.attn_schedule two; {remedy}"
             )
         return Settings(
-            group_size=asked.group_size,
+            group_size=size,
             gate=_GATE * ratio if asked.gate is None else asked.gate,
             quantile=ratio if asked.quantile is None else asked.quantile,
             tau_max=asked.tau_max,
-            groups=model.ring * model.ulysses // asked.group_size,
-            members=asked.group_size // model.ulysses,
+            groups=model.ring * model.ulysses // size,
+            members=size // model.ulysses,
         )
 
     @classmethod
@@ -157,10 +159,17 @@ class Strategy(FlexCache):
         self._record(site.layer)
         if self.is_forced and self._forces(self.step.index + 1):
             return compute(x)
-        if self._ulysses is None:
-            return self._attend(site.layer, *x)
-        q, k, v = scatter_heads(x, self._ulysses.group)
-        return gather_heads(self._attend(site.layer, q, k, v), self._ulysses.group)
+        with self.services.span(self._span_of(site.layer)):
+            if self._ulysses is None:
+                return self._attend(site.layer, *x)
+            q, k, v = scatter_heads(x, self._ulysses.group)
+            return gather_heads(self._attend(site.layer, q, k, v), self._ulysses.group)
+
+    def _span_of(self, layer: int) -> str:
+        """The name that a layer's attention is timed by; `n` groups are computed in `sele_attn_n`."""
+        if self.is_forced or self.is_anchor:
+            return "anchor_attn"
+        return f"sele_attn_{sum(self._computed[layer])}"
 
     def picture(self) -> Picture | None:
         return self._cells.picture("ditango_policy_step_layer_group")
@@ -217,7 +226,8 @@ class Strategy(FlexCache):
         step. Ranks that hold padding alone take no part in a mean."""
         measured = torch.stack(self._measured).unflatten(0, (-1, self._layers)).mean(0)  # of the branches
         counts = measured.new_full((1,), float(self._is_real))
-        *values, share = self.services.agree(torch.cat((measured.flatten() * counts, counts))).tolist()
+        with self.services.span("ditango_plan_sync"):
+            *values, share = self.services.agree(torch.cat((measured.flatten() * counts, counts))).tolist()
         table = torch.tensor(values, dtype=torch.float64).view(self._layers, -1) / share
         errors = table.new_zeros(self._layers, self.knobs.groups)
         errors[:, self.knobs.first :] = table[:, :-1]
@@ -240,19 +250,25 @@ class Strategy(FlexCache):
         )
 
 
-def check_layout(group_size: int, ring: int, ulysses: int) -> None:
-    """Raises ValueError unless the ranks make two such groups or more, with Ulysses inside a group."""
+def group_size(asked: int | None, ring: int, ulysses: int) -> int:
+    """Ranks in a group, of which there must be two or more, with Ulysses inside: 2, or the fewest that fit.
+
+    Raises ValueError where `asked`, or any size, does not fit, with the remedy.
+    """
     ranks = ring * ulysses
     legal = [size for size in range(1, ranks) if ranks % size == 0]
     fitting = [size for size in legal if size % ulysses == 0]
-    if group_size in fitting:
-        return
+    if asked is None and fitting:
+        return 2 if 2 in fitting else fitting[0]
+    if asked in fitting:
+        return asked
+    size = asked or max(size for size in legal if size <= 2)
     if fitting:
         remedy = f"set group_size to one of {', '.join(map(str, fitting))}"
-    elif group_size in legal:
-        remedy = f"set infer.diffusion.up_limit={group_size}"
+    elif size in legal:
+        remedy = f"set infer.diffusion.up_limit={size}"
     else:
         remedy = f"set infer.diffusion.up_limit=1 and group_size to one of {', '.join(map(str, legal))}"
     rule = f"Ulysses must divide it, and it the {ranks} ranks that share a sequence, at least twice"
     layout = f"ring {ring} x ulysses {ulysses}"
-    raise ValueError(f"flexcache=ditango: group_size={group_size} does not fit {layout}: {rule}; {remedy}")
+    raise ValueError(f"flexcache=ditango: group_size={size} does not fit {layout}: {rule}; {remedy}")

@@ -53,10 +53,11 @@ class Strategy(FlexCache):
         return sizes.branches * sizes.feature
 
     def remarks(self) -> list[str]:
-        fits, steps = _fits(self.course), len(self.course.steps)
-        if steps == fits.steps:
+        fits, steps, shift = _fits(self.course), len(self.course.steps), self.course.shift
+        if (steps, shift) == (fits.steps, fits.shift):
             return []
-        return [f"flexcache=teacache: fitted at {fits.steps} steps; this run has {steps}"]
+        fitted = f"fitted at {fits.steps} steps and shift {fits.shift:g}"
+        return [f"flexcache=teacache: {fitted}; this run has {steps} and {shift:g}"]
 
     def prepare(self) -> None:
         changes = changes_of(self.course, self.services.time_signal)
