@@ -6,13 +6,10 @@ import json
 import imageio.v3 as iio
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from engines import new_engine
 from shapeworld import canonical, compare, judge, rows, sample_attrs
 
-from chitu_core.config import load
-from chitu_core.environment import Environment
-from chitu_diffusion.engine import Engine
-from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskPool
+from chitu_diffusion.task import DiffusionTask, DiffusionUserParams
 
 SEED = 20261120
 
@@ -20,9 +17,7 @@ SEED = 20261120
 def make_videos(count: int, root: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Videos [count, 3, 17, 96, 160] in [-1, 1] as written to their files, and what their prompts ask for."""
     wanted = sample_attrs(count, torch.Generator().manual_seed(SEED), split="heldout")
-    with initialize_config_module("chitu_core.config", version_base=None):
-        config = load(compose("serve_config", overrides=[f"output.root_dir={root}"]))
-    engine = Engine(config, TaskPool(), Environment())
+    engine = new_engine("infer.op_impl=torch", f"output.root_dir={root}")
     tasks = []
     for seed, row in enumerate(rows(wanted)):
         tasks.append(DiffusionTask.from_user_request(DiffusionUserParams(prompt=canonical(row), seed=seed)))

@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch._dynamo
-from hydra import compose, initialize_config_module
+from engines import configured
 from oracles import relative_error
 
-from chitu_core.config import load
 from chitu_core.environment import Environment
 from chitu_core.ops import rows
 from chitu_core.weights import randomise
@@ -26,8 +25,7 @@ def make_engine(tmp_path):
     engines = []
 
     def make(*overrides):
-        with initialize_config_module("chitu_core.config", version_base=None):
-            config = load(compose("serve_config", overrides=[f"output.root_dir={tmp_path}", *overrides]))
+        config = configured(f"output.root_dir={tmp_path}", *overrides)
         engines.append(Engine(config, TaskPool(), Environment()))
         return engines[-1]
 

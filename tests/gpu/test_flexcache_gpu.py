@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from engines import configured
 
-from chitu_core.config import load
 from chitu_core.environment import Environment
 from chitu_diffusion import DiffusionTask, DiffusionTaskType, DiffusionUserParams
 from chitu_diffusion.engine import Engine
@@ -41,8 +40,7 @@ READS_ONCE_A_STEP = {"dbcache", "easycache", "fbcache"}  # a decision that depen
 def engine(tmp_path_factory):
     overrides = ["infer.diffusion.enable_flexcache=true", "infer.use_cuda_graph=off"]
     overrides.append(f"output.root_dir={tmp_path_factory.mktemp('outputs')}")
-    with initialize_config_module("chitu_core.config", version_base=None):
-        engine = Engine(load(compose("serve_config", overrides=overrides)), TaskPool(), Environment())
+    engine = Engine(configured(*overrides), TaskPool(), Environment())
     yield engine
     engine.close()
 

@@ -5,10 +5,9 @@ import logging
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from engines import configured
 from oracles import relative_error
 
-from chitu_core.config import load
 from chitu_core.environment import Environment
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.task import (
@@ -29,9 +28,8 @@ def make_engine(tmp_path):
     engines = []
 
     def make(*overrides: str) -> Engine:
-        with initialize_config_module("chitu_core.config", version_base=None):
-            args = compose("serve_config", overrides=[f"output.root_dir={tmp_path}", *overrides])
-        engines.append(Engine(load(args), TaskPool(), Environment()))
+        config = configured(f"output.root_dir={tmp_path}", *overrides)
+        engines.append(Engine(config, TaskPool(), Environment()))
         return engines[-1]
 
     yield make

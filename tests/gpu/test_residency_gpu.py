@@ -6,17 +6,16 @@ import sys
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from engines import configured, submit
 from oracles import relative_error
 
 from chitu_core import weights
 from chitu_core.arena import Lane
-from chitu_core.config import load
 from chitu_core.environment import Environment
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.models.wan import WanConfig, WanDiT
 from chitu_diffusion.placing import Placing
-from chitu_diffusion.task import DiffusionTask, DiffusionTaskStatus, DiffusionUserParams, TaskPool
+from chitu_diffusion.task import DiffusionTaskStatus, TaskPool
 
 pytestmark = pytest.mark.gpu
 
@@ -200,20 +199,11 @@ def test_every_level_makes_the_same_latents_and_memory_is_flat(tmp_path, quant):
         pytest.skip("fp8 needs compute capability 8.9")
     latents = {}
     for level in range(5):
-        with initialize_config_module("chitu_core.config", version_base=None):
-            words = [
-                f"infer.diffusion.low_mem_level={level}",
-                f"output.root_dir={tmp_path}",
-                f"quant={quant}",
-            ]
-            config = load(compose("serve_config", overrides=[*words, "infer.use_cuda_graph=off"]))
+        words = [f"infer.diffusion.low_mem_level={level}", f"output.root_dir={tmp_path}", f"quant={quant}"]
+        config = configured(*words, "infer.use_cuda_graph=off")
         engine, held = Engine(config, TaskPool(), Environment()), []
         for _ in range(4):
-            params = DiffusionUserParams(
-                prompt="a red circle", size=(64, 64), num_frames=5, num_inference_steps=3, seed=7
-            )
-            task = DiffusionTask.from_user_request(params)
-            engine.pool.add(task)
+            task = submit(engine, size=(64, 64), num_inference_steps=3)
             while not task.is_finished():
                 engine.step()
                 if task.current_step == 3 and task.buffer.latents is not None:

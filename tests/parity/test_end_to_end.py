@@ -29,15 +29,13 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from hydra import compose, initialize_config_module
+from engines import new_engine, submit
 from oracles import relative_error
 from torch import Tensor
 
-from chitu_core.config import load
-from chitu_core.environment import Environment
 from chitu_diffusion.engine import Engine
 from chitu_diffusion.samplers._flow import FlowSampler
-from chitu_diffusion.task import DiffusionTask, DiffusionTaskType, DiffusionUserParams, TaskPool
+from chitu_diffusion.task import DiffusionTask, DiffusionTaskType
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers.*")
 
@@ -65,27 +63,22 @@ class Outcome:
 
 
 def build_engine(model: str, checkpoint: Path, outputs: Path) -> Engine:
-    with initialize_config_module("chitu_core.config", version_base="1.3"):
-        places = [f"models.ckpt_dir={checkpoint}", f"output.root_dir={outputs}"]
-        config = compose("serve_config", [f"models={model}", *places, "infer.op_impl=cpu"])
-    return Engine(load(config), TaskPool(), Environment())
+    return new_engine(f"models={model}", f"models.ckpt_dir={checkpoint}", f"output.root_dir={outputs}")
 
 
 def denoise(engine: Engine, model: str, solver: str) -> DiffusionTask:
     """A task of the engine that has nothing left to do but to decode."""
-    params = DiffusionUserParams(
+    task = submit(
+        engine,
         prompt=PROMPT,
         negative_prompt=NEGATIVE,
-        height=HEIGHT,
-        width=WIDTH,
+        size=(WIDTH, HEIGHT),
         num_frames=FRAMES,
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE[model],
         sample_solver=solver,
         seed=SEED,
     )
-    task = DiffusionTask.from_user_request(params)
-    engine.pool.add(task)
     while task.task_type != DiffusionTaskType.VAEDecode:
         engine.step()
         assert task.is_running(), task.error_message

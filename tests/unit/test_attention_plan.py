@@ -4,18 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from engines import configured, new_engine, run, submit
 from parity.test_dit import TINY
 
 from chitu_core import attention
 from chitu_core.attention import Attention, Place
-from chitu_core.config import AttentionScheduleConfig, Config, load
-from chitu_core.environment import Environment
+from chitu_core.config import AttentionScheduleConfig
 from chitu_core.timing import Timer
 from chitu_diffusion.attention_plan import AttentionPlan, plan_attention
-from chitu_diffusion.engine import Engine
 from chitu_diffusion.models.wan import WanDiT
-from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskPool
 
 CPU = Place("cpu", None, torch.float32, 16)
 EXACT = attention.create("sdpa", CPU)
@@ -41,11 +38,6 @@ class Lossy(Attention):
 
 def plan(first: int = 0, last: int = 0, layers: tuple[int, ...] = ()) -> AttentionPlan:
     return AttentionPlan(Lossy(), EXACT, EXACT, AttentionScheduleConfig(first, last, layers))
-
-
-def configured(*overrides: str) -> Config:
-    with initialize_config_module("chitu_core.config", version_base=None):
-        return load(compose("serve_config", overrides=list(overrides)))
 
 
 def held(dit: WanDiT) -> list[str]:
@@ -80,25 +72,15 @@ def test_the_record_says_what_was_approximated():
 
 
 def test_steps_are_counted_for_each_request(tmp_path):
-    engine = Engine(configured(f"output.root_dir={tmp_path}"), TaskPool(), Environment())
+    engine = new_engine("infer.op_impl=torch", f"output.root_dir={tmp_path}")
     scheduled = plan(first=1, last=1)
     engine.generator.pipeline = replace(engine.pipeline, attention=scheduled)
     scheduled.install(engine.pipeline.experts["dit"])
-    tasks = []
-    for steps, role in ((3, "a"), (5, "b")):
-        params = DiffusionUserParams(
-            prompt="a red circle",
-            role=role,
-            seed=0,
-            width=32,
-            height=32,
-            num_frames=1,
-            num_inference_steps=steps,
-        )
-        tasks.append(DiffusionTask.from_user_request(params))
-        engine.pool.add(tasks[-1])
-    while not engine.pool.all_finished():
-        engine.step()
+    tasks = [
+        submit(engine, role=role, num_frames=1, num_inference_steps=steps)
+        for steps, role in ((3, "a"), (5, "b"))
+    ]
+    run(engine)
     engine.close()
     blocks, branches = 8, 2
     assert scheduled.chosen.calls == (1 + 3) * blocks * branches
@@ -138,12 +120,9 @@ def test_illegal_settings_are_refused(override, message):
 
 
 def test_the_record_names_both_backends(tmp_path):
-    engine = Engine(configured(f"output.root_dir={tmp_path}"), TaskPool(), Environment())
-    params = DiffusionUserParams(prompt="x", width=32, height=32, num_frames=1, num_inference_steps=1)
-    task = DiffusionTask.from_user_request(params)
-    engine.pool.add(task)
-    while not engine.pool.all_finished():
-        engine.step()
+    engine = new_engine("infer.op_impl=torch", f"output.root_dir={tmp_path}")
+    task = submit(engine, num_frames=1, num_inference_steps=1)
+    run(engine)
     engine.close()
     assert (task.result.attention, task.result.cross_attention) == ("sdpa", "sdpa")
     assert task.result.approximations == ()

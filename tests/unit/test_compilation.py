@@ -6,33 +6,22 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo
-from hydra import compose, initialize_config_module
+from engines import new_engine
 from oracles import relative_error
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchRuntimeError
 
-from chitu_core.config import load
 from chitu_core.distributed import ParallelMesh
-from chitu_core.environment import Environment
 from chitu_diffusion.compilation import CompiledBlocks, choose_block_call
 from chitu_diffusion.cuda_graph import LAUNCH_BOUND_FLOPS, plain_forward
-from chitu_diffusion.engine import Engine
 from chitu_diffusion.models.wan import WanBlock, WanConfig
 from chitu_diffusion.sequence import NO_SHARD
-from chitu_diffusion.task import TaskPool
 
 SIZE = (16, 2, 4, 6)  # a small latent
 
 
-def new_engine(root, *overrides):
-    with initialize_config_module("chitu_core.config", version_base=None):
-        words = ["infer.op_impl=cpu", f"output.root_dir={root}", *overrides]
-        config = load(compose("serve_config", overrides=words))
-    return Engine(config, TaskPool(), Environment())
-
-
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    engine = new_engine(tmp_path_factory.mktemp("outputs"))
+    engine = new_engine(f"output.root_dir={tmp_path_factory.mktemp('outputs')}")
     yield engine
     engine.close()
 
@@ -49,7 +38,7 @@ def velocity(engine, size=SIZE):
 def test_the_demo_model_compiled_predicts_what_it_predicts_eager(engine, tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = new_engine(tmp_path, "infer.compile=on")
+    compiled = new_engine(f"output.root_dir={tmp_path}", "infer.compile=on")
     assert isinstance(compiled.pipeline.experts["dit"].call_block, CompiledBlocks)
     # Inductor fuses other sums than the eager operators do
     assert relative_error(velocity(compiled), velocity(engine)) < 1e-5
@@ -59,7 +48,7 @@ def test_the_demo_model_compiled_predicts_what_it_predicts_eager(engine, tmp_pat
 
 @pytest.mark.parametrize("mode", ["auto", "off"])
 def test_blocks_are_compiled_only_where_it_is_asked_for(engine, tmp_path, mode):
-    other = new_engine(tmp_path, f"infer.compile={mode}")
+    other = new_engine(f"output.root_dir={tmp_path}", f"infer.compile={mode}")
     assert other.pipeline.experts["dit"].call_block is WanBlock.__call__
     assert torch.equal(velocity(other), velocity(engine))
     other.close()
@@ -119,7 +108,7 @@ def test_what_cannot_be_compiled_is_an_error(engine, failing):
 
 def test_a_warm_up_runs_every_network_at_every_size(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        new_engine(tmp_path, "infer.warmup=[32x32x5,48x32x17]").close()
+        new_engine(f"output.root_dir={tmp_path}", "infer.warmup=[32x32x5,48x32x17]").close()
     said = [record.message for record in caplog.records if record.message.startswith("warm-up at")]
     assert [text.split(":")[0] for text in said] == ["warm-up at 32x32x5", "warm-up at 48x32x17"]
 
@@ -130,14 +119,14 @@ def test_a_warm_up_that_fails_names_its_size(tmp_path, monkeypatch):
 
     monkeypatch.setattr("chitu_diffusion.cuda_graph.plain_forward", fail)
     with pytest.raises(RuntimeError, match=r"infer\.warmup=32x32x5: no memory"):
-        new_engine(tmp_path, "infer.warmup=[32x32x5]")
+        new_engine(f"output.root_dir={tmp_path}", "infer.warmup=[32x32x5]")
     monkeypatch.undo()
-    new_engine(tmp_path).close()  # and leaves nothing behind that the next engine would trip over
+    new_engine(f"output.root_dir={tmp_path}").close()  # nothing is left that the next engine would trip over
 
 
 def test_a_cuda_graph_that_is_required_needs_a_gpu(tmp_path):
     with pytest.raises(ValueError, match=r"infer\.use_cuda_graph=on: there is no GPU; .*=auto"):
-        new_engine(tmp_path, "infer.use_cuda_graph=on")
+        new_engine(f"output.root_dir={tmp_path}", "infer.use_cuda_graph=on")
 
 
 def test_without_a_gpu_the_forward_is_the_networks_own(engine):

@@ -3,17 +3,12 @@
 import dataclasses
 
 import pytest
-from hydra import compose, initialize_config_module
+from engines import composed
 from omegaconf import DictConfig, OmegaConf
 
 from chitu_core.config import load
 
 MODELS = ("demo", "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-T2V-A14B")
-
-
-def composed(*overrides):
-    with initialize_config_module("chitu_core.config", version_base=None):
-        return compose("serve_config", overrides=list(overrides))
 
 
 def changed(key, value):

@@ -5,13 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from engines import new_engine, submit
 
-from chitu_core.config import load
 from chitu_core.distributed import Degrees
-from chitu_core.environment import Environment
-from chitu_diffusion import DiffusionTask, DiffusionUserParams
-from chitu_diffusion.engine import Engine
 from chitu_diffusion.flex_cache._base import Model
 from chitu_diffusion.flex_cache._calibration import NOTHING
 from chitu_diffusion.flex_cache._ditango_exchange import Rotation, State, Visit, join, route
@@ -21,7 +17,6 @@ from chitu_diffusion.flex_cache._ditango_states import LayerStates
 from chitu_diffusion.flex_cache._kept import Kept
 from chitu_diffusion.flex_cache.strategy.ditango import Knobs, Settings, Strategy
 from chitu_diffusion.params import FlexCacheParams
-from chitu_diffusion.task import TaskPool
 
 T, F = True, False
 
@@ -288,15 +283,8 @@ def test_without_other_ranks_the_strategy_is_idle():
 
 
 def test_a_request_to_one_rank_is_computed_in_full_with_a_warning(tmp_path):
-    with initialize_config_module("chitu_core.config", version_base=None):
-        args = compose("serve_config", ["infer.op_impl=cpu", "infer.diffusion.enable_flexcache=true"])
-    args.output.root_dir = str(tmp_path)
-    engine = Engine(load(args), TaskPool(), Environment())
-    cache = FlexCacheParams("ditango", warmup=0, cooldown=0)
-    size = {"size": (32, 32), "num_frames": 5, "num_inference_steps": 2}
-    params = DiffusionUserParams(prompt="a", flexcache_params=cache, **size)
-    task = DiffusionTask.from_user_request(params)
-    engine.pool.add(task)
+    engine = new_engine(f"output.root_dir={tmp_path}", "infer.diffusion.enable_flexcache=true")
+    task = submit(engine, flexcache_params=FlexCacheParams("ditango", warmup=0, cooldown=0))
     for _ in range(4):
         engine.step()
     engine.close()

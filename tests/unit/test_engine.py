@@ -12,13 +12,12 @@ import imageio.v3 as iio
 import pytest
 import torch
 from checkpoints import random_weights, write_diffusers
-from hydra import compose, initialize_config_module
+from engines import SMALL, composed, latents_of, new_engine, run, submit
 from torch import distributed as dist
 
 from chitu_core import attention
 from chitu_core import logging as chitu_logging
 from chitu_core.attention import Attention
-from chitu_core.config import load
 from chitu_core.environment import Environment
 from chitu_diffusion import (
     DiffusionBackend,
@@ -36,22 +35,10 @@ from chitu_diffusion import (
     generator,
     media,
 )
-from chitu_diffusion.engine import BackendState, Engine
-from chitu_diffusion.task import DiffusionTaskBuffer, TaskPool
+from chitu_diffusion.engine import BackendState
+from chitu_diffusion.task import DiffusionTaskBuffer
 
 Status, Stage = DiffusionTaskStatus, DiffusionTaskType
-TINY = {"prompt": "a red circle", "size": (32, 32), "num_frames": 5, "num_inference_steps": 2, "seed": 7}
-
-
-def composed(root, *overrides):
-    with initialize_config_module("chitu_core.config", version_base=None):
-        args = compose("serve_config", overrides=["infer.op_impl=cpu", *overrides])
-    args.output.root_dir = str(root)
-    return args
-
-
-def new_engine(root, *overrides, environment=None):
-    return Engine(load(composed(root, *overrides)), TaskPool(), environment or Environment())
 
 
 def first_of(world):
@@ -62,7 +49,8 @@ def first_of(world):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """One engine for all tests that leave it as they found it."""
-    engine = new_engine(tmp_path_factory.mktemp("outputs"), "infer.schedule_policy=round_robin")
+    root = tmp_path_factory.mktemp("outputs")
+    engine = new_engine(f"output.root_dir={root}", "infer.schedule_policy=round_robin")
     yield engine
     engine.close()
 
@@ -86,39 +74,11 @@ def facade(tmp_path, monkeypatch):
         monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(DiffusionBackend, "engine", None)
     DiffusionTaskPool.reset()
-    yield composed(tmp_path / "outputs")
+    yield composed("infer.op_impl=cpu", f"output.root_dir={tmp_path / 'outputs'}")
     chitu_terminate()
     DiffusionTaskPool.reset()
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
-
-
-def submit(engine, **changes):
-    task = DiffusionTask.from_user_request(DiffusionUserParams(**(TINY | changes)))
-    assert engine.pool.add(task)
-    return task
-
-
-def run(engine):
-    """Step until all tasks have ended."""
-    for _ in range(100):
-        if engine.pool.all_finished():
-            return
-        engine.step()
-    raise AssertionError("tasks did not end within 100 steps")
-
-
-def latents_of(engine, *tasks):
-    """The last latents of tasks that are run together to their decoding, which is then called off."""
-    found = {}
-    while len(found) < len(tasks):
-        engine.step()
-        for task in tasks:
-            assert task.status != Status.Failed, task.error_message
-            if task.is_running() and task.task_type == Stage.VAEDecode and task.task_id not in found:
-                found[task.task_id] = task.buffer.latents.clone()
-                engine.pool.cancel(task.task_id)
-    return [found[task.task_id] for task in tasks]
 
 
 def count_calls(monkeypatch, engine):
@@ -211,7 +171,7 @@ def test_save_path_wins_makes_its_folder_and_overwrites(tmp_path, engine):
 
 def test_the_log_of_a_run_holds_every_stage_of_its_first_task(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="chitu_diffusion")
-    engine = new_engine(tmp_path)
+    engine = new_engine(f"output.root_dir={tmp_path}")
     task = submit(engine)
     run(engine)
     engine.close()
@@ -250,7 +210,7 @@ def test_with_guidance_both_branches_run_in_each_step(engine, monkeypatch):
 
 def test_the_negative_prompt_steers_and_an_empty_one_is_not_the_default(tmp_path):
     overrides = ["models.encoder.default_negative_prompt='a blue square'"]
-    engine = new_engine(tmp_path, *overrides)
+    engine = new_engine(f"output.root_dir={tmp_path}", *overrides)
     tasks = [submit(engine, negative_prompt=text) for text in (None, "a blue square", "")]
     default, same, empty = latents_of(engine, *tasks)
     engine.close()
@@ -262,7 +222,9 @@ def test_the_negative_prompt_steers_and_an_empty_one_is_not_the_default(tmp_path
 def two_experts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a14b")
     write_diffusers(folder / "weights", random_weights(experts=2))
-    engine = new_engine(folder, "models=Wan2.2-T2V-A14B", f"models.ckpt_dir={folder / 'weights'}")
+    engine = new_engine(
+        f"output.root_dir={folder}", "models=Wan2.2-T2V-A14B", f"models.ckpt_dir={folder / 'weights'}"
+    )
     yield engine
     engine.close()
 
@@ -337,7 +299,7 @@ def test_interleaved_tasks_give_what_they_give_alone(engine, solver):
 
 def test_two_engines_do_not_see_each_other(engine, tmp_path):
     [expected] = latents_of(engine, submit(engine))
-    other = new_engine(tmp_path)
+    other = new_engine(f"output.root_dir={tmp_path}")
     tasks = [submit(one) for one in (engine, other)]
     for _ in range(3):
         engine.step()
@@ -402,7 +364,8 @@ def test_round_robin_serves_roles_in_turn(engine):
 
 
 def test_fifo_and_priority_order_whole_requests(tmp_path):
-    fifo, priority = new_engine(tmp_path), new_engine(tmp_path, "infer.schedule_policy=priority")
+    fifo = new_engine(f"output.root_dir={tmp_path}")
+    priority = new_engine(f"output.root_dir={tmp_path}", "infer.schedule_policy=priority")
     for engine, expected in ((fifo, [0] * 4 + [1] * 4 + [2] * 4), (priority, [1] * 4 + [0] * 4 + [2] * 4)):
         tasks = [submit(engine, priority=value) for value in (1, 5, 1)]
         assert served(engine, *tasks) == expected
@@ -410,7 +373,9 @@ def test_fifo_and_priority_order_whole_requests(tmp_path):
 
 
 def test_no_more_than_max_reqs_tasks_hold_denoising_state(tmp_path):
-    engine = new_engine(tmp_path, "infer.schedule_policy=round_robin", "infer.max_reqs=2")
+    engine = new_engine(
+        f"output.root_dir={tmp_path}", "infer.schedule_policy=round_robin", "infer.max_reqs=2"
+    )
     tasks = [submit(engine, role=str(index)) for index in range(4)]
     most = 0
     while not engine.pool.all_finished():
@@ -593,7 +558,7 @@ def test_a_checkpoint_that_is_empty_or_missing_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "absent"):
         with pytest.raises(ValueError, match=rf"models\.ckpt_dir=.*{name}"):
-            new_engine(tmp_path, f"models.ckpt_dir={tmp_path / name}")
+            new_engine(f"output.root_dir={tmp_path}", f"models.ckpt_dir={tmp_path / name}")
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
@@ -605,7 +570,9 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"text encoder has 384 rows: .*wrong tokenizer for this text encoder"
     ):
-        new_engine(tmp_path, "models=Wan2.1-T2V-1.3B", f"models.ckpt_dir={tmp_path / 'weights'}")
+        new_engine(
+            f"output.root_dir={tmp_path}", "models=Wan2.1-T2V-1.3B", f"models.ckpt_dir={tmp_path / 'weights'}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -623,7 +590,7 @@ def test_degrees_that_do_not_fill_the_world_are_refused_before_a_group_exists(
 ):
     monkeypatch.setattr(dist, "init_process_group", raising(AssertionError("too late")))
     with pytest.raises(ValueError, match=message):
-        new_engine(tmp_path, *overrides, environment=first_of(world))
+        new_engine(f"output.root_dir={tmp_path}", *overrides, environment=first_of(world))
 
 
 def test_ranks_without_an_address_to_meet_at_are_refused(tmp_path, monkeypatch):
@@ -633,7 +600,7 @@ def test_ranks_without_an_address_to_meet_at_are_refused(tmp_path, monkeypatch):
         ("MASTER_PORT", dataclasses.replace(first_of(2), master_port=None)),
     ):
         with pytest.raises(ValueError, match=f"{name} is not set, but WORLD_SIZE=2; .* torchrun or srun"):
-            new_engine(tmp_path, environment=environment)
+            new_engine(f"output.root_dir={tmp_path}", environment=environment)
 
 
 class WithoutLse(Attention):
@@ -668,18 +635,18 @@ def test_a_kernel_that_gives_no_lse_is_refused_for_a_ring_before_a_group_exists(
     with pytest.raises(
         ValueError, match=r"infer\.attn_type=sparge .* ring of 2 ranks .*choose one of .*sdpa"
     ):
-        new_engine(tmp_path, *overrides, environment=first_of(2))
+        new_engine(f"output.root_dir={tmp_path}", *overrides, environment=first_of(2))
 
 
 def test_a_refused_engine_leaves_no_log_handler_behind(tmp_path):
     before = list(logging.getLogger("chitu_diffusion").handlers)
     with pytest.raises(ValueError, match="dp_size"):
-        new_engine(tmp_path, "infer.dp_size=3", environment=first_of(4))
+        new_engine(f"output.root_dir={tmp_path}", "infer.dp_size=3", environment=first_of(4))
     assert logging.getLogger("chitu_diffusion").handlers == before
 
 
 def test_a_closed_engine_cancels_what_is_left_and_takes_no_more(tmp_path):
-    engine = new_engine(tmp_path, "output.enable_timer_dump=true")
+    engine = new_engine(f"output.root_dir={tmp_path}", "output.enable_timer_dump=true")
     done = submit(engine)
     run(engine)
     left = submit(engine)
@@ -698,7 +665,7 @@ def test_a_closed_engine_cancels_what_is_left_and_takes_no_more(tmp_path):
 
 
 def test_an_engine_whose_last_files_cannot_be_written_is_terminated_all_the_same(tmp_path, monkeypatch):
-    engine = new_engine(tmp_path)
+    engine = new_engine(f"output.root_dir={tmp_path}")
     monkeypatch.setattr(engine.folder, "close", raising(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         engine.close()
@@ -719,7 +686,7 @@ def test_the_five_functions_make_a_video(facade):
     assert DiffusionBackend.state == BackendState.Initialized
     chitu_start()
     assert DiffusionBackend.state == BackendState.Running
-    task = DiffusionTask.from_user_request(DiffusionUserParams(**TINY))
+    task = DiffusionTask.from_user_request(DiffusionUserParams(**SMALL))
     DiffusionTaskPool.add(task)
     finish()
     assert os.path.isfile(task.buffer.save_path)
@@ -749,7 +716,7 @@ def test_a_second_init_is_refused_until_the_first_engine_is_terminated(facade):
     assert DiffusionBackend.engine is engine
     chitu_terminate()
     chitu_init(facade, logging_level=logging.ERROR)
-    task = DiffusionTask.from_user_request(DiffusionUserParams(**TINY))
+    task = DiffusionTask.from_user_request(DiffusionUserParams(**SMALL))
     DiffusionTaskPool.add(task)
     finish()
     assert task.status == Status.Completed
@@ -766,8 +733,8 @@ def test_an_init_that_fails_can_be_repeated(facade):
 
 
 def test_tasks_that_came_before_the_engine_are_completed_or_fail_by_themselves(facade):
-    good = DiffusionTask.from_user_request(DiffusionUserParams(**TINY))
-    bad = DiffusionTask.from_user_request(DiffusionUserParams(**TINY, guidance_scale=(1, 2)))
+    good = DiffusionTask.from_user_request(DiffusionUserParams(**SMALL))
+    bad = DiffusionTask.from_user_request(DiffusionUserParams(**SMALL, guidance_scale=(1, 2)))
     for task in (bad, good):
         DiffusionTaskPool.add(task)
     chitu_init(facade, logging_level=logging.ERROR)
@@ -778,7 +745,7 @@ def test_tasks_that_came_before_the_engine_are_completed_or_fail_by_themselves(f
 
 def test_a_terminate_signal_ends_the_engine_once(facade):
     chitu_init(facade, logging_level=logging.ERROR)
-    task = DiffusionTask.from_user_request(DiffusionUserParams(**TINY))
+    task = DiffusionTask.from_user_request(DiffusionUserParams(**SMALL))
     DiffusionTaskPool.add(task)
     chitu_generate()
     signal = DiffusionTask.create_terminate_signal()
@@ -803,12 +770,12 @@ def test_another_network_under_the_name_of_the_demo_model_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"models\.ckpt_dir=.* holds another network than models=demo.*add models="
     ):
-        new_engine(tmp_path, f"models.ckpt_dir={tmp_path / 'weights'}")
+        new_engine(f"output.root_dir={tmp_path}", f"models.ckpt_dir={tmp_path / 'weights'}")
 
 
 def test_the_run_log_begins_with_the_model(tmp_path):
     chitu_logging.setup(Environment(), logging.INFO)
-    engine = new_engine(tmp_path)
+    engine = new_engine(f"output.root_dir={tmp_path}")
     task = submit(engine, num_inference_steps=1)
     run(engine)
     engine.close()

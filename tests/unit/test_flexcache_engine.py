@@ -5,34 +5,22 @@ import json
 import logging
 from pathlib import Path
 
+import engines
 import pytest
 import torch
 from checkpoints import random_weights, write_diffusers
-from hydra import compose, initialize_config_module
+from engines import new_engine, run
 
-from chitu_core.config import load
-from chitu_core.environment import Environment
-from chitu_diffusion import DiffusionTask, DiffusionTaskStatus, DiffusionTaskType, DiffusionUserParams
-from chitu_diffusion.engine import Engine
-from chitu_diffusion.task import TaskPool
+from chitu_diffusion import DiffusionTaskStatus as Status
 
-Status, Stage = DiffusionTaskStatus, DiffusionTaskType
-TINY = {"prompt": "a red circle", "size": (32, 32), "num_frames": 5, "num_inference_steps": 12, "seed": 7}
 PAB = {"strategy": "pab", "warmup": 2, "cooldown": 1}
 FEATURE = 8 * 256 * 4  # 2 latent frames of 2 x 2 tokens, in fp32
-
-
-def new_engine(root, *overrides):
-    with initialize_config_module("chitu_core.config", version_base=None):
-        args = compose("serve_config", overrides=["infer.op_impl=cpu", *overrides])
-    args.output.root_dir = str(root)
-    return Engine(load(args), TaskPool(), Environment())
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     overrides = ["infer.schedule_policy=round_robin", "infer.diffusion.enable_flexcache=true"]
-    engine = new_engine(tmp_path_factory.mktemp("outputs"), *overrides)
+    engine = new_engine(f"output.root_dir={tmp_path_factory.mktemp('outputs')}", *overrides)
     yield engine
     engine.close()
 
@@ -47,32 +35,13 @@ def engine(built):
 
 
 def submit(engine, reuse=None, **changes):
-    params = DiffusionUserParams(**(TINY | changes), flexcache_params=reuse)
-    task = DiffusionTask.from_user_request(params)
-    assert engine.pool.add(task)
-    return task
-
-
-def run(engine):
-    for _ in range(300):
-        if engine.pool.all_finished():
-            return
-        engine.step()
-    raise AssertionError("tasks did not end within 300 steps")
+    return engines.submit(engine, **({"num_inference_steps": 12} | changes), flexcache_params=reuse)
 
 
 def latents_of(engine, *tasks):
-    """The last latents of tasks that run together, which are then called off."""
-    found = {}
-    while len(found) < len(tasks):
-        engine.step()
-        for task in tasks:
-            assert task.status != Status.Failed, task.error_message
-            if task.is_running() and task.task_type == Stage.VAEDecode and task.task_id not in found:
-                found[task.task_id] = task.buffer.latents.clone()
-                engine.pool.cancel(task.task_id)
-    engine.step()
-    return [found[task.task_id] for task in tasks]
+    latents = engines.latents_of(engine, *tasks)
+    engine.step()  # carries out the calling off
+    return latents
 
 
 def test_the_record_says_what_was_reused_and_kept(engine, tmp_path, caplog):
@@ -125,7 +94,9 @@ def test_tasks_that_alternate_do_not_see_each_other(engine):
 def test_a_task_that_does_not_fit_beside_others_waits_and_then_runs(tmp_path):
     needed = 2 * 2 * 8 * FEATURE
     overrides = ["infer.schedule_policy=round_robin", "infer.diffusion.enable_flexcache=true"]
-    engine = new_engine(tmp_path, *overrides, f"infer.diffusion.flexcache_max_gb={1.5 * needed / 1e9}")
+    engine = new_engine(
+        f"output.root_dir={tmp_path}", *overrides, f"infer.diffusion.flexcache_max_gb={1.5 * needed / 1e9}"
+    )
     try:
         first, second = submit(engine, PAB, role="a"), submit(engine, PAB, role="b")
         third = submit(engine, role="c", num_inference_steps=2)
@@ -142,7 +113,9 @@ def test_a_task_that_does_not_fit_beside_others_waits_and_then_runs(tmp_path):
 
 def test_a_task_that_never_fits_fails_with_the_figure_and_the_others_go_on(tmp_path):
     engine = new_engine(
-        tmp_path, "infer.diffusion.enable_flexcache=true", "infer.diffusion.flexcache_max_gb=0.0001"
+        f"output.root_dir={tmp_path}",
+        "infer.diffusion.enable_flexcache=true",
+        "infer.diffusion.flexcache_max_gb=0.0001",
     )
     try:
         task, other = submit(engine, PAB), submit(engine, num_inference_steps=2)
@@ -159,7 +132,7 @@ def test_a_strategy_without_a_calibration_is_refused_before_anything_runs(tmp_pa
     (tmp_path / "none.yaml").write_text("{}")
     overrides = ["infer.diffusion.enable_flexcache=true"]
     overrides.append(f"infer.diffusion.flexcache_calibration={tmp_path / 'none.yaml'}")
-    engine = new_engine(tmp_path, *overrides)
+    engine = new_engine(f"output.root_dir={tmp_path}", *overrides)
     try:
         with pytest.raises(ValueError, match="flexcache=teacache: demo has no calibration for it"):
             submit(engine, {"strategy": "teacache", "warmup": 1, "cooldown": 1})
@@ -171,11 +144,11 @@ def test_a_strategy_without_a_calibration_is_refused_before_anything_runs(tmp_pa
 def test_a_calibration_that_is_missing_stops_the_engine(tmp_path):
     key = "infer.diffusion.flexcache_calibration"
     with pytest.raises(ValueError, match=rf"{key}=absent\.yaml: absent\.yaml: no such calibration"):
-        new_engine(tmp_path, f"{key}=absent.yaml")
+        new_engine(f"output.root_dir={tmp_path}", f"{key}=absent.yaml")
 
 
 def test_a_request_is_served_exactly_and_says_so_where_reuse_is_off(tmp_path):
-    engine = new_engine(tmp_path)
+    engine = new_engine(f"output.root_dir={tmp_path}")
     try:
         task = submit(engine, PAB | {"extra": {"self_range": 2}}, num_inference_steps=4)
         run(engine)
@@ -191,7 +164,7 @@ def test_a_request_is_served_exactly_and_says_so_where_reuse_is_off(tmp_path):
 def test_the_first_step_of_the_second_expert_is_computed(tmp_path):
     write_diffusers(tmp_path / "weights", random_weights(experts=2))
     overrides = ["models=Wan2.2-T2V-A14B", f"models.ckpt_dir={tmp_path / 'weights'}"]
-    engine = new_engine(tmp_path, *overrides, "infer.diffusion.enable_flexcache=true")
+    engine = new_engine(f"output.root_dir={tmp_path}", *overrides, "infer.diffusion.enable_flexcache=true")
     try:
         reuse = {"strategy": "taylorseer", "warmup": 1, "cooldown": 0, "extra": {"interval": 4, "order": 0}}
         task = submit(engine, reuse)

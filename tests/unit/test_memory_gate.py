@@ -4,9 +4,9 @@ import dataclasses
 import logging
 
 import pytest
-from hydra import compose, initialize_config_module
+from engines import configured
 
-from chitu_core.config import VideoSize, load
+from chitu_core.config import VideoSize
 from chitu_core.memory import GIB
 from chitu_diffusion.memory_choice import Limits
 from chitu_diffusion.memory_gate import MemoryGate, least, settle, videos_of
@@ -21,10 +21,7 @@ HOST = 128 * GIB
 
 
 def config_of(*overrides):
-    with initialize_config_module("chitu_core.config", version_base=None):
-        return load(
-            compose("serve_config", overrides=[f"models={MODEL}", "debug.skip_model_load=true", *overrides])
-        )
+    return configured(f"models={MODEL}", "debug.skip_model_load=true", *overrides)
 
 
 def setting_of(**changes):

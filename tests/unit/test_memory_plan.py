@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from engines import configured
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chitu_core import memory
 from chitu_core.attention import LseAttention, Place
 from chitu_core.attention._parallel import DropPadding, Ring, Ulysses
-from chitu_core.config import VideoSize, load
+from chitu_core.config import VideoSize
 from chitu_core.distributed import collectives
 from chitu_core.distributed.degrees import Degrees
 from chitu_core.memory import GIB
@@ -333,9 +333,7 @@ def h200():
 
 
 def config_of(name, *overrides):
-    words = [f"models={name}", "debug.skip_model_load=true", *overrides]
-    with initialize_config_module("chitu_core.config", version_base=None):
-        return load(compose("serve_config", overrides=words))
+    return configured(f"models={name}", "debug.skip_model_load=true", *overrides)
 
 
 @cache

@@ -4,9 +4,8 @@ import dataclasses
 import json
 
 import pytest
-from hydra import compose, initialize_config_module
+from engines import configured
 
-from chitu_core.config import load
 from chitu_core.memory import MemoryPeak
 from chitu_diffusion.encoders.tokenizer import clean
 from chitu_diffusion.orders import Orders, Report, Run
@@ -53,8 +52,7 @@ RESULT = TaskResult(
 
 @pytest.fixture(scope="module")
 def model():
-    with initialize_config_module("chitu_core.config", version_base=None):
-        return load(compose("serve_config")).models
+    return configured().models
 
 
 def admitted(model, **params):

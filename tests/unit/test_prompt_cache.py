@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from engines import configured
 
-from chitu_core.config import load
 from chitu_diffusion.prompt_cache import PromptCache
 
 ROW_BYTES = 8 * 2  # of an embedding of 8 bf16 numbers
@@ -110,16 +109,11 @@ def test_a_limit_below_nothing_is_refused():
         PromptCache(-1)
 
 
-def config(*overrides):
-    with initialize_config_module("chitu_core.config", version_base=None):
-        return load(compose("serve_config", overrides=list(overrides)))
-
-
 def test_the_configuration_keeps_a_quarter_of_a_gigabyte():
-    assert config().infer.prompt_cache_mb == 256
-    assert config("infer.prompt_cache_mb=0").infer.prompt_cache_mb == 0
+    assert configured().infer.prompt_cache_mb == 256
+    assert configured("infer.prompt_cache_mb=0").infer.prompt_cache_mb == 0
 
 
 def test_the_configuration_refuses_a_limit_below_nothing():
     with pytest.raises(ValueError, match=r"infer\.prompt_cache_mb=-1: must be 0 or more"):
-        config("infer.prompt_cache_mb=-1")
+        configured("infer.prompt_cache_mb=-1")

@@ -7,31 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from engines import new_engine, submit
 from oracles import relative_error
 
-from chitu_core.config import load
-from chitu_core.environment import Environment
 from chitu_core.ops.fp8 import Fp8Linear
-from chitu_diffusion.engine import Engine
 from chitu_diffusion.models.wan import WanConfig, WanDiT
 from chitu_diffusion.quantisation import QUANTISED, check_quantisation, kept_blocks, kept_share
-from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskPool
 
 FULL = WanConfig(5120, 13824, 40, 40, 256, 4096, 512, 16, 16, (1, 2, 2), 1e-6)
-TINY = {"prompt": "a red circle moves right", "size": (64, 64), "num_frames": 5, "seed": 7}
-
-
-def new_engine(root, *overrides):
-    with initialize_config_module("chitu_core.config", version_base=None):
-        words = ["infer.op_impl=cpu", f"output.root_dir={root}", *overrides]
-        config = load(compose("serve_config", overrides=words))
-    return Engine(config, TaskPool(), Environment())
 
 
 def latents_at_the_end(engine, steps):
-    task = DiffusionTask.from_user_request(DiffusionUserParams(**TINY, num_inference_steps=steps))
-    engine.pool.add(task)
+    task = submit(engine, prompt="a red circle moves right", size=(64, 64), num_inference_steps=steps)
     while task.current_step < steps:
         engine.step()
     latents = task.buffer.latents.clone()
@@ -41,11 +28,11 @@ def latents_at_the_end(engine, steps):
 
 
 def test_fp8_costs_a_few_percent_on_the_demo_model_and_is_named(tmp_path, caplog):
-    exact_engine = new_engine(tmp_path)
+    exact_engine = new_engine(f"output.root_dir={tmp_path}")
     exact, exact_result = latents_at_the_end(exact_engine, 1)
     exact_engine.close()
     with caplog.at_level(logging.INFO):
-        engine = new_engine(tmp_path, "quant=fp8")
+        engine = new_engine(f"output.root_dir={tmp_path}", "quant=fp8")
     assert any("quant=fp8: self_attn.qkv" in record.message for record in caplog.records)
     quantised, result = latents_at_the_end(engine, 1)
     engine.close()
@@ -58,7 +45,7 @@ def test_fp8_costs_a_few_percent_on_the_demo_model_and_is_named(tmp_path, caplog
 
 
 def test_blocks_hold_fp8_layers_but_the_first_and_the_last(tmp_path):
-    engine = new_engine(tmp_path, "quant=fp8", "fp8_fast_accumulation=false")
+    engine = new_engine(f"output.root_dir={tmp_path}", "quant=fp8", "fp8_fast_accumulation=false")
     dit = engine.pipeline.experts["dit"]
     for index, block in enumerate(dit.block_list()):
         layers = [block.get_submodule(name) for name in QUANTISED]

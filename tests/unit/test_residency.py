@@ -9,14 +9,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch._dynamo
-from hydra import compose, initialize_config_module
+from engines import configured
 from oracles import relative_error
 from torch import nn
 
 from chitu_core import weights
 from chitu_core.arena import Arena, Lane, copy_bytes
 from chitu_core.block_stream import BlockStream, Streamed
-from chitu_core.config import load
 from chitu_core.distributed import ParallelMesh
 from chitu_core.slab import Selection, Slab, tensor_names
 from chitu_diffusion.compilation import CompiledBlocks
@@ -372,9 +371,7 @@ def test_networks_without_a_guest_are_left_alone():
 @pytest.mark.parametrize("level", [0, 2, 3, 4])
 def test_recorded_graphs_are_for_weights_that_stay(level):
     def infer(mode):
-        with initialize_config_module("chitu_core.config", version_base=None):
-            words = [f"infer.diffusion.low_mem_level={level}", f"infer.use_cuda_graph={mode}"]
-            return load(compose("serve_config", overrides=words)).infer
+        return configured(f"infer.diffusion.low_mem_level={level}", f"infer.use_cuda_graph={mode}").infer
 
     mesh, cuda = ParallelMesh(), torch.device("cuda")
     assert isinstance(choose_forward(infer("auto"), mesh, cuda), GraphedForward) == (level < 3)

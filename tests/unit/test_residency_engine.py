@@ -5,51 +5,33 @@ import json
 import logging
 from pathlib import Path
 
+import engines
 import pytest
 import torch
 from checkpoints import random_weights, write_official
-from hydra import compose, initialize_config_module
+from engines import submit
 from oracles import relative_error
 
-from chitu_core.config import load
-from chitu_core.environment import Environment
 from chitu_diffusion import prepare
-from chitu_diffusion.engine import Engine
 from chitu_diffusion.scheduler import DiffusionScheduler
-from chitu_diffusion.task import (
-    DiffusionTask,
-    DiffusionTaskStatus,
-    DiffusionTaskType,
-    DiffusionUserParams,
-    TaskPool,
-)
+from chitu_diffusion.task import DiffusionTaskStatus, DiffusionTaskType
 from chitu_diffusion.vaes._tile_plan import TilePlan
 
-TINY = {"prompt": "a red circle", "size": (32, 32), "num_frames": 5, "num_inference_steps": 2, "seed": 7}
 LEVEL = "infer.diffusion.low_mem_level="
 FP8 = "infer.diffusion.stream_dtype=float8_e4m3fn"
 
 
 @pytest.fixture
 def new_engine(tmp_path):
-    engines = []
+    made = []
 
     def make(*overrides):
-        with initialize_config_module("chitu_core.config", version_base=None):
-            words = ["infer.op_impl=cpu", f"output.root_dir={tmp_path}", *overrides]
-            config = load(compose("serve_config", overrides=words))
-        engines.append(Engine(config, TaskPool(), Environment()))
-        return engines[-1]
+        made.append(engines.new_engine(f"output.root_dir={tmp_path}", *overrides))
+        return made[-1]
 
     yield make
-    for engine in engines:
+    for engine in made:
         engine.close()
-
-
-def submit(engine, **options):
-    task = DiffusionTask.from_user_request(DiffusionUserParams(**TINY | options))
-    engine.pool.add(task)
-    return task
 
 
 def run(engine, **options):
@@ -75,10 +57,7 @@ def assert_same(engine, expected, **options):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """What the demo model makes at level 0."""
-    with initialize_config_module("chitu_core.config", version_base=None):
-        words = ["infer.op_impl=cpu", f"output.root_dir={tmp_path_factory.mktemp('outputs')}"]
-        config = load(compose("serve_config", overrides=words))
-    engine = Engine(config, TaskPool(), Environment())
+    engine = engines.new_engine(f"output.root_dir={tmp_path_factory.mktemp('outputs')}")
     outcome = run(engine)
     engine.close()
     return outcome

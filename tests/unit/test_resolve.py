@@ -3,17 +3,14 @@
 import dataclasses
 
 import pytest
-from hydra import compose, initialize_config_module
+from engines import configured
 
-from chitu_core.config import load
 from chitu_diffusion.params import MAX_SEED, DiffusionUserParams, FlexCacheParams
 from chitu_diffusion.resolve import remarks, resolve
 
 
 def model(name, **fields):
-    with initialize_config_module("chitu_core.config", version_base=None):
-        config = load(compose("serve_config", overrides=[f"models={name}", "models.ckpt_dir=x"]))
-    return dataclasses.replace(config.models, **fields)
+    return dataclasses.replace(configured(f"models={name}", "models.ckpt_dir=x").models, **fields)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from engines import configured
 from omegaconf import OmegaConf
 
 from chitu_core.config import load
@@ -23,10 +23,7 @@ LOGGER = logging.getLogger("chitu_diffusion.somewhere")
 
 
 def config_for(root, *overrides):
-    with initialize_config_module("chitu_core.config", version_base=None):
-        args = compose("serve_config", overrides=list(overrides))
-    args.output.root_dir = str(root)
-    return load(args)
+    return configured(f"output.root_dir={root}", *overrides)
 
 
 @pytest.fixture

@@ -4,26 +4,17 @@ import logging
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from engines import new_engine, run, submit
 
-from chitu_core.config import load
-from chitu_core.environment import Environment
-from chitu_diffusion.engine import Engine
 from chitu_diffusion.survey import pick_vae_chunk
-from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, TaskPool
 from chitu_diffusion.vaes.wan import WanVAE
 
 
-def run(tmp_path, *overrides):
+def make_video(tmp_path, *overrides):
     """One small video: its record, and the networks that made it."""
-    with initialize_config_module("chitu_core.config", version_base=None):
-        config = load(compose("serve_config", overrides=[f"output.root_dir={tmp_path}", *overrides]))
-    engine = Engine(config, TaskPool(), Environment())
-    params = DiffusionUserParams(prompt="x", width=32, height=32, num_frames=5, num_inference_steps=1)
-    task = DiffusionTask.from_user_request(params)
-    engine.pool.add(task)
-    while not engine.pool.all_finished():
-        engine.step()
+    engine = new_engine("infer.op_impl=torch", f"output.root_dir={tmp_path}", *overrides)
+    task = submit(engine, num_inference_steps=1)
+    run(engine)
     pipeline = engine.pipeline
     engine.close()
     assert task.result is not None, task.error_message
@@ -31,14 +22,14 @@ def run(tmp_path, *overrides):
 
 
 def test_by_default_the_vae_computes_in_float32_and_nothing_is_approximate(tmp_path):
-    result, pipeline = run(tmp_path, "infer.op_impl=cpu")
+    result, pipeline = make_video(tmp_path, "infer.op_impl=cpu")
     assert (pipeline.vae.dtype, pipeline.vae_chunk) == (torch.float32, 1)
     assert result.approximations == ()
 
 
 def test_a_vae_in_bfloat16_is_named_by_record_and_log(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="chitu_diffusion"):
-        result, pipeline = run(tmp_path, "infer.vae_dtype=bfloat16")
+        result, pipeline = make_video(tmp_path, "infer.vae_dtype=bfloat16")
     assert pipeline.vae.dtype == torch.bfloat16
     assert result.approximations == ("VAE in bfloat16",)
     assert "infer.vae_dtype=bfloat16" in caplog.text
@@ -51,7 +42,7 @@ def test_the_chunk_of_the_configuration_reaches_the_decoder(tmp_path, monkeypatc
         "decode",
         lambda vae, latent, chunk=1, strips=None: asked.append(chunk) or decode(vae, latent, chunk),
     )
-    run(tmp_path, "infer.vae_chunk=3")
+    make_video(tmp_path, "infer.vae_chunk=3")
     assert asked == [3]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from engines import new_engine
 from oracles import randomise, relative_error
 from shapeworld import render, sample_attrs
 from torch import Tensor
@@ -20,13 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from chitu_core.config import load
-from chitu_core.environment import Environment
 from chitu_core.ops import conv as ops
-from chitu_diffusion.engine import Engine
 from chitu_diffusion.media import to_pixels
 from chitu_diffusion.prepare import Pipeline
-from chitu_diffusion.task import TaskPool
 from chitu_diffusion.vaes import _tiles
 from chitu_diffusion.vaes._calls import Size
 from chitu_diffusion.vaes._footprint import footprint
@@ -164,9 +160,7 @@ def test_shares_of_blended_tiles_sum_to_one_everywhere(overlap, scale):
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Pipeline]:
-    with initialize_config_module("chitu_core.config", version_base=None):
-        config = load(compose("serve_config"))
-    engine = Engine(config, TaskPool(), Environment())
+    engine = new_engine("infer.op_impl=torch")
     yield engine.pipeline
     engine.close()
 
