@@ -284,7 +284,10 @@ def _run(engine: Engine, tasks: Sequence[DiffusionTask], shows_bar: bool) -> Non
 
 def _speaks(error: Exception) -> bool:
     """Whether this rank tells of an error: one a machine of what all see, any rank of its own failure."""
-    return Environment.read().local_rank == 0 or isinstance(error, RankFailure)
+    try:
+        return Environment.read().local_rank == 0 or isinstance(error, RankFailure)
+    except ValueError:  # a malformed variable: which rank this is remains open
+        return True
 
 
 def _tell(tasks: Sequence[DiffusionTask], as_json: bool, is_quiet: bool) -> int:
