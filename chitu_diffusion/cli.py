@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from chitu_core import launch, plugins
 from chitu_core import logging as chitu_logging
-from chitu_core.config import ModelConfig, VideoSize, load
+from chitu_core.config import VideoSize, load
 from chitu_core.distributed import RankFailure
 from chitu_core.environment import Environment
 from chitu_diffusion import run_eval
@@ -30,6 +30,7 @@ from chitu_diffusion.eval.manager import check_types
 from chitu_diffusion.outputs import check_writable
 from chitu_diffusion.params import STRATEGY_PACKAGE
 from chitu_diffusion.plan_table import plan_table
+from chitu_diffusion.resolve import resolve
 from chitu_diffusion.task import DiffusionTask, DiffusionUserParams, FlexCacheParams, TaskPool
 
 
@@ -163,9 +164,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     """Make a video per prompt. The first word is the prompt, the rest overrides; with --prompts all are."""
     prompts, overrides = _prompts(options)
-    params = [
-        _user_params(options, prompt) for prompt in prompts
-    ]  # bad values fail here, before any model is read
+    params = [_user_params(options, prompt) for prompt in prompts]  # bad values fail before a model is read
     with initialize_config_module("chitu_core.config", version_base=None):
         args = compose("serve_config", overrides=overrides)
     if options.output is not None:
@@ -174,7 +173,9 @@ def _generate(options: argparse.Namespace) -> int:
     chitu_logging.setup(environment)
     config = load(args)
     check_types(config.eval.eval_type)
-    engine = Engine(config, TaskPool(), environment, expected=[_video(one, config.models) for one in params])
+    resolved = [resolve(one, config.models) for one in params]  # what does not fit the model fails here
+    videos = [VideoSize(one.width, one.height, one.num_frames) for one in resolved]
+    engine = Engine(config, TaskPool(), environment, expected=videos)
     shows_bar = sys.stderr.isatty() and not environment.debug and environment.rank == 0
     if shows_bar:
         chitu_logging.set_console_level(logging.WARNING)
@@ -260,14 +261,6 @@ def _user_params(options: argparse.Namespace, prompt: str) -> DiffusionUserParam
         fps=options.fps,
         save_path=options.output,
         flexcache_params=_flexcache(options),
-    )
-
-
-def _video(params: DiffusionUserParams, model: ModelConfig) -> VideoSize:
-    """The size of a request, which the memory plan makes room for."""
-    video = model.video
-    return VideoSize(
-        params.width or video.width, params.height or video.height, params.num_frames or video.num_frames
     )
 
 

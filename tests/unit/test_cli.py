@@ -13,3 +13,18 @@ def test_a_malformed_variable_is_an_error_line(monkeypatch, capsys, name, value)
     monkeypatch.setenv(name, value)
     assert cli.main(["generate", "a red circle"]) == 1
     assert capsys.readouterr().err.startswith(f"Error: {name} must be ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "2000"], "num_inference_steps=2000: must be at most 1000"),
+        (["--guidance", "3,4"], "guidance_scale=(3.0, 4.0): demo takes one value"),
+    ],
+    ids=str,
+)
+def test_a_request_that_does_not_fit_is_refused_before_anything_is_built(monkeypatch, capsys, words, message):
+    monkeypatch.setattr(cli.chitu_logging, "setup", lambda _: None)  # handlers would outlive the test
+    monkeypatch.setattr(cli, "Engine", lambda *_, **__: pytest.fail("an engine is built"))
+    assert cli.main(["generate", "a red circle", *words]) == 1
+    assert message in capsys.readouterr().err

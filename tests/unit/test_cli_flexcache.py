@@ -66,6 +66,10 @@ def test_options_become_the_request():
         (["--flexcache", "pab", "--warmup", "-1"], "warmup=-1: must be a whole number, 0 or more"),
         (["--cache-ratio", "0.5"], "--cache-ratio=0.5 needs a strategy; name one with --flexcache"),
         (["--cooldown", "3"], "--cooldown=3 needs a strategy"),
+        (
+            ["--steps", "6", "--flexcache", "pab"],
+            "warmup + cooldown = 10 must be below num_inference_steps=6",
+        ),
     ],
     ids=str,
 )
@@ -73,12 +77,6 @@ def test_what_cannot_be_is_refused_before_anything_is_built(words, message, caps
     monkeypatch.setattr(cli, "Engine", lambda *_, **__: pytest.fail("an engine is built"))
     assert cli.main(["generate", "a red circle", *words]) == 1
     assert message in capsys.readouterr().err
-
-
-def test_forced_steps_that_fill_the_run_are_refused(capsys, tmp_path):
-    words = [*FEW, "--flexcache", "pab", f"output.root_dir={tmp_path}"]
-    assert cli.main(["generate", "a red circle", *words]) == 1
-    assert "warmup + cooldown = 10 must be below num_inference_steps=6" in capsys.readouterr().err
 
 
 def test_a_video_with_a_strategy_says_what_was_reused(capsys, tmp_path):
