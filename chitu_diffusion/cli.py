@@ -22,6 +22,7 @@ from chitu_core import logging as chitu_logging
 from chitu_core.config import VideoSize, load
 from chitu_core.distributed import RankFailure
 from chitu_core.environment import Environment
+from chitu_core.launch_settings import quote
 from chitu_diffusion import run_eval
 from chitu_diffusion.bench import attention, compare, dit, e2e, flexcache, profile, t5, vae
 from chitu_diffusion.doctor import report
@@ -153,7 +154,7 @@ def _plan(options: argparse.Namespace) -> int:
         raise ValueError(f"--plan {options.plan[0]}: add the video, WIDTHxHEIGHTxFRAMES, such as 832x480x81")
     model, size, *overrides = options.plan
     video = VideoSize.parse(size, "--plan")
-    words = [f"models={_quoted(model)}", *overrides, "debug.skip_model_load=true"]
+    words = [f"models={quote(model)}", *overrides, "debug.skip_model_load=true"]
     with initialize_config_module("chitu_core.config", version_base=None):
         config = load(compose("serve_config", overrides=words))
     table = plan_table(config, video)
@@ -214,7 +215,7 @@ def _prompts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
         if "=" not in word and not word.startswith("~"):
             raise ValueError(f"{word!r} is not a Hydra override (key=value); put the prompt into quotes")
     chosen = {"models": options.model, "models.ckpt_dir": options.ckpt_dir}
-    flags = [f"{key}={_quoted(value)}" for key, value in chosen.items() if value is not None]
+    flags = [f"{key}={quote(value)}" for key, value in chosen.items() if value is not None]
     return prompts, [*flags, *_reuse_flags(options), *words]
 
 
@@ -239,11 +240,6 @@ def _flexcache(options: argparse.Namespace) -> FlexCacheParams | None:
             )
         return None
     return FlexCacheParams(options.flexcache, **settings)
-
-
-def _quoted(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _user_params(options: argparse.Namespace, prompt: str) -> DiffusionUserParams:

@@ -1,8 +1,14 @@
 """The shell: what it makes of a command line, and that an error is a line that names the remedy."""
 
 import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from chitu_diffusion import cli
+
+
+def parsed(*words):
+    return cli._parser().parse_args(["generate", *words])
 
 
 @pytest.mark.parametrize(
@@ -28,3 +34,11 @@ def test_a_request_that_does_not_fit_is_refused_before_anything_is_built(monkeyp
     monkeypatch.setattr(cli, "Engine", lambda *_, **__: pytest.fail("an engine is built"))
     assert cli.main(["generate", "a red circle", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["a\\b", "p${q}", "it's", "a b, c", "null", "\\\\host\\share\\"])
+def test_hydra_reads_a_checkpoint_folder_as_it_was_written(folder):
+    overrides = cli._prompts(parsed("a red circle", "--ckpt-dir", folder))[1]
+    with initialize_config_module("chitu_core.config", version_base=None):
+        args = compose("serve_config", overrides=overrides)
+    assert OmegaConf.to_container(args, resolve=True)["models"]["ckpt_dir"] == folder
