@@ -197,18 +197,11 @@ def _prompts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     if options.prompts is not None:
         if words and "=" not in words[0]:
             raise ValueError(f"PROMPT {words[0]!r} and --prompts exclude each other; give one of them")
-        if not options.prompts.is_file():
-            raise ValueError(f"--prompts={options.prompts}: no such file; write one prompt a line into it")
-        lines = options.prompts.read_text("utf-8").splitlines()
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ValueError(f"--prompts={options.prompts}: the file holds no prompt; write one a line")
+        prompts = _read_prompts(options.prompts)
     elif words:
         prompts = [words.pop(0)]
     else:
-        raise ValueError(
-            "no prompt; write it in quotes after `chitu generate`, or name a file with --prompts"
-        )
+        raise ValueError("no prompt; put it in quotes after `chitu generate`, or name a file with --prompts")
     if options.output is not None and len(prompts) > 1:
         raise ValueError(f"--output={options.output} names one file for {len(prompts)} prompts; leave it out")
     for word in words:
@@ -217,6 +210,20 @@ def _prompts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     chosen = {"models": options.model, "models.ckpt_dir": options.ckpt_dir}
     flags = [f"{key}={quote(value)}" for key, value in chosen.items() if value is not None]
     return prompts, [*flags, *_reuse_flags(options), *words]
+
+
+def _read_prompts(file: Path) -> list[str]:
+    """The lines of a UTF-8 file that hold anything. Raises ValueError naming the file."""
+    if not file.is_file():
+        raise ValueError(f"--prompts={file}: no such file; write one prompt a line into it")
+    try:
+        text = file.read_bytes().decode("utf-8-sig")  # Windows editors put a mark in front
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts={file}: the file is not UTF-8; save it as UTF-8") from error
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]  # splitlines cuts at form feeds too
+    if not prompts:
+        raise ValueError(f"--prompts={file}: the file holds no prompt; write one a line")
+    return prompts
 
 
 def _reuse_flags(options: argparse.Namespace) -> list[str]:

@@ -42,3 +42,16 @@ def test_hydra_reads_a_checkpoint_folder_as_it_was_written(folder):
     with initialize_config_module("chitu_core.config", version_base=None):
         args = compose("serve_config", overrides=overrides)
     assert OmegaConf.to_container(args, resolve=True)["models"]["ckpt_dir"] == folder
+
+
+def test_only_line_ends_part_the_prompts_of_a_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa\u2028b\r\n\r\n  c\x85d\x0ce\n \nf".encode())
+    assert cli._prompts(parsed("--prompts", str(file)))[0] == ["a\u2028b", "c\x85d\x0ce", "f"]
+
+
+def test_a_file_of_prompts_that_is_not_utf8_is_named(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("ein Käse".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"--prompts=.*prompts\.txt: the file is not UTF-8"):
+        cli._prompts(parsed("--prompts", str(file)))
