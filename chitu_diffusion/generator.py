@@ -22,7 +22,7 @@ from chitu_diffusion.encoders.tokenizer import TokenizedPrompt
 from chitu_diffusion.flex_cache._base import Services
 from chitu_diffusion.flex_cache._picture import write
 from chitu_diffusion.guidance import branches_of, guided_prediction, guided_velocity, needs_cfg
-from chitu_diffusion.media import WRITE_ERRORS, VideoWriter, write_json
+from chitu_diffusion.media import RECORD_SUFFIX, WRITE_ERRORS, VideoWriter, write_json
 from chitu_diffusion.memory_gate import MemoryGate
 from chitu_diffusion.prepare import Pipeline
 from chitu_diffusion.record import cache_record, result_of
@@ -298,7 +298,7 @@ class Generator:
             flexcache=self._reuse_of(task),
             memory_plan=self._gate.record(_params(task), task.cache_bytes),
         )
-        write_json(Path(result.video_path).with_suffix(".json"), result)
+        write_json(Path(result.video_path).with_suffix(RECORD_SUFFIX), result)
         task.result = result  # not before the record is on disk: a task with a result has all its files
 
     def _reuse_of(self, task: DiffusionTask) -> CacheRecord | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 CRF = "10"  # imageio's quality 8, which the Wan release writes: int((1 - 0.8) * 51)
 BT709_PRIMARIES, BT709_TRANSFER, BT601_MATRIX = 1, 1, 6  # codes of ITU-T H.273
 LIMITED_RANGE = 1  # FFmpeg's code
+RECORD_SUFFIX = ".json"  # of the file beside a video that says what was run
 WRITE_ERRORS = (OSError, ValueError, av.FFmpegError)  # what a `VideoWriter` raises
 
 
@@ -35,7 +36,8 @@ class VideoWriter:
         self, path: Path, fps: int | float, size: tuple[int, int], *, keeps_existing: bool = False
     ) -> None:
         """Open a hidden temporary file beside `path`; `size` is (width, height) in pixels, both even. With
-        `keeps_existing` a name that is taken becomes name_2, name_3, ..., whoever took it in the meantime.
+        `keeps_existing` a name that a video or a record has becomes name_2, name_3, ..., whoever took it in
+        the meantime.
         Raises ValueError for a bad fps or size, OSError if the folder cannot be written."""
         self.path = path
         self._keeps_existing = keeps_existing
@@ -197,10 +199,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         undo.pop_all()
 
 
-def unique_path(path: Path) -> Path:
-    """`path` if nothing is there, else the first free of name_2, name_3, ... before the extension."""
+def unique_path(path: Path, *suffixes: str) -> Path:
+    """`path` if nothing is there, else the first free of name_2, name_3, ... before the extension.
+    `suffixes` are those of files that go with it: a name that one of them has is not free either."""
     candidate, count = path, 1
-    while candidate.exists() or candidate.is_symlink():
+    while any(os.path.lexists(candidate.with_suffix(suffix)) for suffix in (path.suffix, *suffixes)):
         count += 1
         candidate = path.with_name(f"{path.stem}_{count}{path.suffix}")
     return candidate
@@ -212,10 +215,10 @@ def _publish(descriptor: int, temporary: Path, path: Path) -> None:
 
 
 def _publish_beside(descriptor: int, temporary: Path, path: Path) -> Path:
-    """Give the file the first free name. A link, unlike a rename, fails where another process was faster."""
+    """Give a video the first free name. A link, unlike a rename, fails where another process was faster."""
     os.fsync(descriptor)
     while True:
-        free = unique_path(path)
+        free = unique_path(path, RECORD_SUFFIX)
         try:
             os.link(temporary, free)
         except FileExistsError:

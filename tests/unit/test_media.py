@@ -130,6 +130,13 @@ def test_a_name_that_is_taken_while_a_video_is_made_is_left_alone(tmp_path, monk
     assert sorted(found.name for found in tmp_path.iterdir()) == ["a.mp4", "a_2.mp4"]
 
 
+def test_a_name_that_a_record_has_is_left_alone(tmp_path):
+    (tmp_path / "a.json").touch()
+    with VideoWriter(tmp_path / "a.mp4", 16, SIZE, keeps_existing=True) as writer:
+        writer.put(smooth_video(1))
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["a.json", "a_2.mp4"]
+
+
 def refuse_link(source, target):
     raise PermissionError(1, "Operation not permitted", source, None, target)
 
