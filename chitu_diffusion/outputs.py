@@ -4,6 +4,7 @@ Only rules about folders and names; how a file is written is in media.py. Source
 
 import re
 import shutil
+import stat
 import tempfile
 import unicodedata
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from chitu_diffusion.media import write_json, write_text
+from chitu_diffusion.media import RECORD_SUFFIX, write_json, write_text
 
 NAME_BYTES = 255  # the longest file name of common file systems, in UTF-8
 RESERVED_BYTES = 16  # left free in a stem, for "_12" and the extension
@@ -124,10 +125,9 @@ def drop_hydra(mode: str, hydra_output_dir: Path) -> None:
 
 def check_writable(path: Path, key: str) -> None:
     """Create the directory `path` and try a file in it. `key` is the setting that names it: `save_dir`,
-    `output.root_dir`, or `save_path`, which names a file: its folder is meant. Raises ValueError."""
+    `output.root_dir`, or `save_path`, which names a file: its folder is meant, and the names of video and
+    record are looked at. Raises ValueError."""
     directory = path.parent if key == "save_path" else path
-    if key == "save_path" and path.is_dir():
-        raise ValueError(f"save_path is a directory: {path}; name the video file, or use save_dir")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -136,6 +136,23 @@ def check_writable(path: Path, key: str) -> None:
         raise ValueError(
             f"{key}: cannot write into {directory} ({error.strerror}); name another one"
         ) from error
+    if key == "save_path":
+        for file in (path, path.with_suffix(RECORD_SUFFIX)):
+            _check_file(file)
+
+
+def _check_file(file: Path) -> None:
+    """Ask the file system whether a file may have this name. Raises ValueError."""
+    try:
+        is_directory = stat.S_ISDIR(file.stat().st_mode)
+    except FileNotFoundError:
+        return
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(
+            f"save_path: cannot write {file} ({error.strerror}); name another video file"
+        ) from error
+    if is_directory:
+        raise ValueError(f"save_path: {file} is a directory; name another video file, or use save_dir")
 
 
 def _create(directory: Path) -> bool:

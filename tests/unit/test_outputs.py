@@ -182,5 +182,18 @@ def test_a_read_only_directory_is_refused(tmp_path):
 
 
 def test_a_save_path_that_is_a_directory_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="save_path is a directory"):
+    with pytest.raises(ValueError, match=r"save_path: .* is a directory"):
         check_writable(tmp_path, "save_path")
+
+
+def test_a_save_path_whose_record_would_be_a_directory_is_refused(tmp_path):
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(ValueError, match=r"save_path: .*x\.json is a directory"):
+        check_writable(tmp_path / "x.mp4", "save_path")
+
+
+@pytest.mark.parametrize("length", [251, 300])  # of 251 letters, .mp4 makes 255 bytes and .json 256
+def test_a_save_path_with_too_long_a_name_for_video_or_record_is_refused(tmp_path, length):
+    check_writable(tmp_path / f"{'x' * 250}.mp4", "save_path")
+    with pytest.raises(ValueError, match=r"save_path: cannot write .*File name too long"):
+        check_writable(tmp_path / f"{'x' * length}.mp4", "save_path")
