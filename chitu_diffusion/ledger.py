@@ -142,10 +142,14 @@ class Ledger:
             self.finish(task, status, message)
 
     def finish(self, task: DiffusionTask, status: DiffusionTaskStatus, message: str | None) -> None:
-        """End a task and free what it holds, but for the path of its video and its step count."""
+        """End a task and free what it holds, but for its step count and, if it is complete, its video's path.
+
+        A task whose record could not be written has failed, though its video is there.
+        """
+        is_complete = status == DiffusionTaskStatus.Completed
         task.status = status
         task.error_message = message
         task.finished_at = time.time()
         task.buffer = DiffusionTaskBuffer(
-            current_step=task.buffer.current_step, save_path=task.buffer.save_path
+            current_step=task.buffer.current_step, save_path=task.buffer.save_path if is_complete else None
         )

@@ -428,7 +428,7 @@ def test_a_task_that_raises_fails_with_its_message_and_the_next_goes_on(engine, 
         patch.setattr(*STAGES[stage](engine), raising(KeyError("broken")))
         run(engine)
     assert (failing.status, failing.error_message) == (Status.Failed, "KeyError: 'broken'")
-    assert failing.result is None
+    assert (failing.result, failing.buffer.save_path) == (None, None)
     assert (failing.buffer.latents, failing.buffer.text_embeddings, failing.buffer.text_caches) == (
         None,
         None,
