@@ -92,8 +92,9 @@ def write_run_files(
 
 def relocate_hydra(mode: str, hydra_output_dir: Path | None, run_dir: Path) -> None:
     """Apply output.hydra_dump_mode to Hydra's `.hydra` folder: `video_dir` moves it into the run directory
-    and removes the folder it leaves if that is empty, `off` deletes it, `default` leaves all untouched.
-    Without a Hydra output directory there is nothing to do. Raises ValueError for an unknown mode."""
+    and removes the folder it leaves if that is empty and not the current one, `off` deletes it, `default`
+    leaves all untouched. Without a Hydra output directory there is nothing to do. Raises ValueError for an
+    unknown mode."""
     action = HYDRA_MODES.get(mode.strip().lower())
     if action is None:
         raise ValueError(f"output.hydra_dump_mode must be one of {', '.join(HYDRA_MODES)}, got {mode!r}")
@@ -107,20 +108,17 @@ def relocate_hydra(mode: str, hydra_output_dir: Path | None, run_dir: Path) -> N
             return
         shutil.copytree(source, target, dirs_exist_ok=True)
     shutil.rmtree(source)
-    for emptied in (hydra_output_dir, hydra_output_dir.parent):  # by default <time> inside <date>
-        if action == "video_dir" and not any(emptied.iterdir()):
-            emptied.rmdir()
+    if action == "video_dir":
+        _remove_if_empty(hydra_output_dir)
 
 
 def drop_hydra(mode: str, hydra_output_dir: Path) -> None:
-    """Remove the `.hydra` that a rank above 0 got from Hydra, and folders that it leaves empty, unless the
-    mode is `default`; several ranks may share one."""
+    """Remove the `.hydra` that a rank above 0 got from Hydra, and the folder if that leaves it empty, unless
+    the mode is `default`; several ranks may share one."""
     if HYDRA_MODES.get(mode.strip().lower()) == "default":
         return
     shutil.rmtree(hydra_output_dir / ".hydra", ignore_errors=True)
-    for emptied in (hydra_output_dir, hydra_output_dir.parent):
-        with suppress(OSError):  # not empty, or gone
-            emptied.rmdir()
+    _remove_if_empty(hydra_output_dir)
 
 
 def check_writable(path: Path, key: str) -> None:
@@ -161,6 +159,13 @@ def _create(directory: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Remove a directory, but not the one that the process is in."""
+    with suppress(OSError):  # not empty, or gone
+        if not directory.samefile(Path()):
+            directory.rmdir()
 
 
 def _ascii_slug(text: str, limit: int) -> str:

@@ -197,3 +197,23 @@ def test_a_save_path_with_too_long_a_name_for_video_or_record_is_refused(tmp_pat
     check_writable(tmp_path / f"{'x' * 250}.mp4", "save_path")
     with pytest.raises(ValueError, match=r"save_path: cannot write .*File name too long"):
         check_writable(tmp_path / f"{'x' * length}.mp4", "save_path")
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["rank 0", "rank 1"])
+def test_the_folder_around_hydras_and_the_current_one_stay(hydra_dir, monkeypatch, is_first):
+    def remove(folder):
+        if is_first:
+            relocate_hydra("video_dir", folder, hydra_dir.parent / "run")
+        else:
+            drop_hydra("video_dir", folder)
+
+    users = hydra_dir.parent / "users"
+    users.mkdir()
+    nested = hydra_dir.rename(users / "sub")
+    remove(nested)
+    assert list(users.iterdir()) == []
+    (users / ".hydra").mkdir()
+    monkeypatch.chdir(users)
+    remove(users)
+    assert users.is_dir()
+    assert list(users.iterdir()) == []
