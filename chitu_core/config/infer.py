@@ -205,6 +205,8 @@ class InferConfig:
         require(legal, "infer.vae_tile_stride_px", stride, remedy)
         cache = self.prompt_cache_mb
         require(cache >= 0, "infer.prompt_cache_mb", cache, "must be 0 or more")
+        legal = -(2**63) <= self.seed < 2**63
+        require(legal, "infer.seed", self.seed, "must lie between -2^63 and 2^63 - 1")
         require(self.max_reqs >= 1, "infer.max_reqs", self.max_reqs, "must be at least 1")
         policies = ", ".join(SCHEDULE_POLICIES)
         known = self.schedule_policy in SCHEDULE_POLICIES

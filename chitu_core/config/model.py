@@ -2,8 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from itertools import product
 
 from chitu_core.config._fields import doc, require
+
+LATENT_CHANNELS = 16  # of the Wan2.1 VAE, whose mean and deviation are known for each
+MAX_FPS = 1000  # what the video writer takes
+
+
+def _require_size(key: str, size: int) -> None:
+    require(size >= 1, key, size, "must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -21,12 +29,25 @@ class EncoderConfig:
     ffn_dim: int = doc("size, for debug.skip_model_load alone")
     num_layers: int = doc("size, for debug.skip_model_load alone")
 
+    def __post_init__(self) -> None:
+        key = "models.encoder"
+        for name in ("text_len", "vocab_size", "dim", "attention_dim", "num_heads", "ffn_dim", "num_layers"):
+            _require_size(f"{key}.{name}", getattr(self, name))
+        width, heads = self.attention_dim, self.num_heads
+        remedy = f"must be a multiple of {key}.num_heads={heads}"
+        require(width % heads == 0, f"{key}.attention_dim", width, remedy)
+
 
 @dataclass(frozen=True)
 class VaeConfig:
     checkpoint: str = doc("VAE weights inside an official checkpoint directory")
     base_dim: int = doc("size, for debug.skip_model_load alone")
     z_dim: int = doc("size, for debug.skip_model_load alone")
+
+    def __post_init__(self) -> None:
+        _require_size("models.vae.base_dim", self.base_dim)
+        legal = self.z_dim == LATENT_CHANNELS
+        require(legal, "models.vae.z_dim", self.z_dim, f"must be {LATENT_CHANNELS}, as in the Wan2.1 VAE")
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,30 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        key = "models.transformer"
+        for name in (
+            "dim",
+            "ffn_dim",
+            "num_heads",
+            "num_layers",
+            "freq_dim",
+            "text_dim",
+            "in_dim",
+            "out_dim",
+        ):
+            _require_size(f"{key}.{name}", getattr(self, name))
+        dim, heads = self.dim, self.num_heads
+        remedy = f"must be an even multiple of {key}.num_heads={heads}: rotary positions turn pairs"
+        require(dim % (2 * heads) == 0, f"{key}.dim", dim, remedy)
+        remedy = "must be even: half are cosines, half sines"
+        require(self.freq_dim % 2 == 0, f"{key}.freq_dim", self.freq_dim, remedy)
+        remedy = f"must be {key}.in_dim={self.in_dim}: the noise is predicted for each latent channel"
+        require(self.out_dim == self.in_dim, f"{key}.out_dim", self.out_dim, remedy)
+        legal = self.patch_size in product((1,), (1, 2), (1, 2))
+        remedy = "must be 1 frame, 1 or 2 rows and 1 or 2 columns, which divide every legal video"
+        require(legal, f"{key}.patch_size", list(self.patch_size), remedy)
+        legal = math.isfinite(self.eps) and self.eps > 0
+        require(legal, f"{key}.eps", self.eps, "must be a number above 0")
 
 
 @dataclass(frozen=True)
@@ -69,6 +114,8 @@ class SamplerConfig:
         require(shift_is_legal, f"{key}.sample_shift", self.sample_shift, "must be a number above 0")
         train = self.num_train_timesteps
         require(train >= 1, f"{key}.num_train_timesteps", train, "must be at least 1")
+        remedy = f"must be at most {key}.num_train_timesteps={train}"
+        require(self.sample_steps <= train, f"{key}.sample_steps", self.sample_steps, remedy)
         finite = all(math.isfinite(scale) for scale in self.guidance_scale)
         require(finite, f"{key}.guidance_scale", self.guidance_scale, "must be finite numbers")
         require(len(self.boundary) <= 1, f"{key}.boundary", self.boundary, "one or two experts are supported")
@@ -100,7 +147,7 @@ class VideoConfig:
             require(legal, f"{key}.{name}", pixels, "must be a positive multiple of 16")
         legal = self.num_frames > 0 and self.num_frames % 4 == 1
         require(legal, f"{key}.num_frames", self.num_frames, "must be 4n + 1, at least 1")
-        require(self.fps >= 1, f"{key}.fps", self.fps, "must be at least 1")
+        require(1 <= self.fps <= MAX_FPS, f"{key}.fps", self.fps, f"must be from 1 to {MAX_FPS}")
 
 
 @dataclass(frozen=True)
@@ -134,3 +181,8 @@ class ModelConfig:
             "''",
             f"name a directory or a repo id; source: {self.source}",
         )
+        size = self.transformer
+        remedy = f"must be models.vae.z_dim={self.vae.z_dim}, the channels of a latent"
+        require(size.in_dim == self.vae.z_dim, "models.transformer.in_dim", size.in_dim, remedy)
+        remedy = f"must be models.encoder.dim={self.encoder.dim}, the width of the text"
+        require(size.text_dim == self.encoder.dim, "models.transformer.text_dim", size.text_dim, remedy)

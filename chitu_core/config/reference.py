@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from chitu_core import attention, launch_settings
 from chitu_core.config import HYDRA_DUMP_MODES, PAIRINGS, QUANTISATIONS, Config, ModelConfig
 from chitu_core.config.infer import DTYPES, STREAM_DTYPES, VAE_DTYPES
+from chitu_core.config.model import LATENT_CHANNELS, MAX_FPS
 from chitu_core.environment import LOGGING_LEVELS, Environment
 
 _FOLDER = Path(__file__).parent
@@ -22,10 +23,13 @@ _NAMES = attention.names()
 
 LEGAL = {  # where the field's own text does not say it
     "models.type": "diffusion-wan",
-    "models.sampler.sample_steps": "1 or more",
+    "models.vae.z_dim": str(LATENT_CHANNELS),
+    "models.transformer.patch_size": "frames 1, rows and columns 1 or 2",
+    "models.sampler.sample_steps": "1 to `num_train_timesteps`",
     "models.sampler.sample_shift": "above 0",
     "models.sampler.guidance_scale": "one value more than `boundary` has",
     "models.sampler.boundary": "one value or none",
+    "models.video.fps": f"1 to {MAX_FPS}",
     "infer.attn_type": ", ".join(["auto", *_NAMES, *attention.ALIASES]),
     "infer.cross_attn_type": ", ".join(["auto", *(name for name in _NAMES if name not in attention.LOSSY)]),
     "infer.compile": "off, auto, on",
@@ -81,8 +85,8 @@ _MODELS = """`models=NAME` picks one of these files, and the columns are its val
 
 `models` and its parts say how a checkpoint is found, and what a request gets that does not say otherwise.
 **The sizes of the networks are read from the checkpoint.** Keys marked "for debug.skip_model_load alone"
-are used only without a checkpoint; so are `models.encoder.text_len` and `models.transformer.patch_size`.
-Where a transformer differs from these values, a warning names the keys."""
+are used only without a checkpoint, but must always be legal: sizes of 1 or more that fit each other. Where a
+transformer differs from these values, a warning names the keys."""
 
 _WORDS = """Flags take `1`, `true`, `yes`, `on`, `0`, `false`, `no` or `off`. An unset or empty variable
 takes its default. A value that cannot be read is a `ValueError` naming the variable."""

@@ -245,3 +245,48 @@ def test_the_older_name_of_the_dtype_counts_and_must_not_contradict():
     assert load(composed("infer.dtype=float32")).dtype == "float32"
     with pytest.raises(ValueError, match=r"float_16bit_variant=float16: contradicts infer\.dtype=float32"):
         load(composed("float_16bit_variant=float16", "infer.dtype=float32"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("video.fps", 5000, r"video\.fps=5000: must be from 1 to 1000"),
+        ("sampler.sample_steps", 1001, r"sample_steps=1001: must be at most .*num_train_timesteps=1000"),
+        ("encoder.text_len", 0, r"encoder\.text_len=0: must be at least 1"),
+        ("encoder.num_heads", 0, r"encoder\.num_heads=0: must be at least 1"),
+        ("encoder.attention_dim", 100, r"encoder\.attention_dim=100: must be a multiple .*num_heads=6"),
+        ("encoder.dim", 10, r"transformer\.text_dim=192: must be models\.encoder\.dim=10"),
+        ("vae.base_dim", 0, r"vae\.base_dim=0: must be at least 1"),
+        ("vae.z_dim", 8, r"vae\.z_dim=8: must be 16"),
+        ("transformer.dim", -4, r"transformer\.dim=-4: must be at least 1"),
+        ("transformer.dim", 252, r"transformer\.dim=252: must be an even multiple .*num_heads=4"),
+        ("transformer.num_heads", 0, r"transformer\.num_heads=0: must be at least 1"),
+        ("transformer.num_heads", 3, r"transformer\.dim=256: must be an even multiple .*num_heads=3"),
+        ("transformer.freq_dim", 7, r"transformer\.freq_dim=7: must be even"),
+        ("transformer.out_dim", 8, r"transformer\.out_dim=8: must be models\.transformer\.in_dim=16"),
+        ("transformer.text_dim", 10, r"transformer\.text_dim=10: must be models\.encoder\.dim=192"),
+        ("transformer.eps", 0, r"transformer\.eps=0\.0: must be a number above 0"),
+        ("transformer.eps", float("nan"), r"transformer\.eps=nan: must be a number above 0"),
+        ("transformer.patch_size", [], r"patch_size=\[\]: must be 1 frame, 1 or 2 rows"),
+        ("transformer.patch_size", [1, 2], r"patch_size=\[1, 2\]: must be 1 frame, 1 or 2 rows"),
+        ("transformer.patch_size", [1, 2, 0], r"patch_size=\[1, 2, 0\]: must be 1 frame, 1 or 2 rows"),
+        ("transformer.patch_size", [2, 2, 2], r"patch_size=\[2, 2, 2\]: must be 1 frame, 1 or 2 rows"),
+    ],
+)
+def test_sizes_that_no_network_can_have_are_refused(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        load(changed(f"models.{key}", value))
+
+
+def test_latents_of_transformer_and_vae_must_fit():
+    config = changed("models.transformer.in_dim", 8)
+    config.models.transformer.out_dim = 8
+    with pytest.raises(ValueError, match=r"models\.transformer\.in_dim=8: must be models\.vae\.z_dim=16"):
+        load(config)
+
+
+@pytest.mark.parametrize("seed", [10**24, 2**63, -(2**63) - 1])
+def test_a_seed_beyond_int64_is_refused(seed):
+    with pytest.raises(ValueError, match=rf"infer\.seed={seed}: must lie between"):
+        load(changed("infer.seed", seed))
+    assert load(changed("infer.seed", 2**63 - 1)).infer.seed == 2**63 - 1
