@@ -1,6 +1,8 @@
 """The packages' loggers: level, format, the file of a run. Modules use `logging.getLogger(__name__)`."""
 
 import logging
+import re
+import sys
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -9,34 +11,60 @@ from chitu_core.environment import Environment
 PACKAGES = ("chitu_core", "chitu_diffusion")
 _KEPT_RECORDS = 1000  # of the time before the run directory is made
 _FORMAT = "%(asctime)s [%(levelname)s] %(name)s: %(message)s"
+_COLORS = {
+    "TextEncode": 36,
+    "VAEEncode": 33,
+    "Denoise": 34,
+    "VAEDecode": 32,
+}  # ANSI cyan, yellow, blue, green
+_STAGE = re.compile(rf"\bstage=({'|'.join(_COLORS)})\b")
+
+
+class _ColorFormatter(logging.Formatter):
+    """Colours the names of stages, for a terminal; the record stays plain for others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _STAGE.sub(self._paint, super().format(record))
+
+    @staticmethod
+    def _paint(found: re.Match[str]) -> str:
+        return f"stage=\033[{_COLORS[found[1]]}m{found[1]}\033[0m"
 
 
 def setup(environment: Environment, level: int | None = None) -> None:
     """Log both packages to standard error; ranks above 0 log warnings only unless CHITU_LOG_RANK0_ONLY is
-    off.
+    off. The names of stages are coloured on a terminal unless CHITU_ENABLE_STAGE_COLOR is off.
 
-    `level` wins; otherwise DEBUG where CHITU_DEBUG is on, else CHITU_LOGGING_LEVEL.
+    `level` wins; otherwise DEBUG where CHITU_DEBUG is on, else CHITU_LOGGING_LEVEL. It is that of standard
+    error alone: a run's file gets all from INFO on.
     """
     named = logging.DEBUG if environment.debug else logging.getLevelNamesMapping()[environment.logging_level]
     lowest = named if level is None else level
     if environment.rank > 0 and environment.log_rank0_only:
         lowest = max(lowest, logging.WARNING)
+    is_coloured = environment.enable_stage_color and sys.stderr.isatty()
+    formatter = _ColorFormatter(_FORMAT) if is_coloured else logging.Formatter(_FORMAT)
     for package in PACKAGES:
         logger = logging.getLogger(package)
-        logger.setLevel(lowest)
-        if not any(type(handler) is logging.StreamHandler for handler in logger.handlers):
-            handler = logging.StreamHandler()
-            handler.setFormatter(logging.Formatter(_FORMAT))
-            logger.addHandler(handler)
+        logger.setLevel(min(lowest, logging.INFO))
+        if not _consoles(logger):
+            console = logging.StreamHandler()
+            console.setFormatter(formatter)
+            logger.addHandler(console)
             logger.propagate = False
+        for handler in _consoles(logger):
+            handler.setLevel(lowest)
 
 
 def set_console_level(level: int) -> None:
-    """Change what reaches standard error; files keep their own level."""
+    """Show nothing below `level` on standard error; files keep their own level."""
     for package in PACKAGES:
-        for handler in logging.getLogger(package).handlers:
-            if not isinstance(handler, logging.FileHandler | MemoryHandler):
-                handler.setLevel(level)
+        for handler in _consoles(logging.getLogger(package)):
+            handler.setLevel(max(level, handler.level))
+
+
+def _consoles(logger: logging.Logger) -> list[logging.Handler]:
+    return [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]
 
 
 class RunLog:

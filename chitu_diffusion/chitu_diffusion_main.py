@@ -18,7 +18,8 @@ def chitu_init(args: Any, logging_level: int | None = None) -> None:
 
     Args:
         args: what Hydra composed, or a nested dict with the same keys.
-        logging_level: of both packages; by default DEBUG where CHITU_DEBUG is on, else CHITU_LOGGING_LEVEL.
+        logging_level: of both packages on standard error; by default DEBUG where CHITU_DEBUG is on, else
+            CHITU_LOGGING_LEVEL.
 
     Raises:
         ValueError: for a bad key or value, or a checkpoint that is not what it must be.

@@ -118,7 +118,7 @@ VARIABLES = (
         "progress_interval",
         "denoising steps between two progress lines, 1 or more",
     ),
-    Variable("CHITU_LOGGING_LEVEL", "logging_level", f"one of {', '.join(LOGGING_LEVELS)}"),
+    Variable("CHITU_LOGGING_LEVEL", "logging_level", f"of standard error: {', '.join(LOGGING_LEVELS)}"),
     Variable("CHITU_LOG_RANK0_ONLY", "log_rank0_only", "other ranks than 0 log warnings only"),
     Variable("CHITU_ENABLE_STAGE_COLOR", "enable_stage_color", "colour the stages' names on a terminal"),
     Variable(
