@@ -86,15 +86,15 @@ def strategy_class(name: str) -> type[FlexCache]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class DiffusionUserParams:
     """One request. A field left at None takes the model's default, filled in when the task enters the pool.
 
     Args:
         role: a label for logs and for round-robin scheduling.
         prompt: what to show; None and "" both mean no text.
-        height, width: pixels, positive multiples of 16. `size` (width, height) is an alias.
-        num_frames: 4n + 1. `frame_num` is an alias.
+        height, width: pixels, positive multiples of 16.
+        num_frames: 4n + 1.
         fps: of the written file; None is the rate that the model was trained at.
         num_inference_steps: denoising steps.
         guidance_scale: one number, or (low noise, high noise) for two experts. At 0 or less and at
@@ -106,34 +106,70 @@ class DiffusionUserParams:
         save_path: path of the video; wins over `save_dir` and overwrites.
         flexcache: name of a reuse strategy. `flexcache_params` (or a dict of its fields) wins over it.
         priority: larger runs first under `infer.schedule_policy=priority`.
+        size, frame_num: other names of (width, height) and of num_frames.
 
     Raises ValueError naming field, value and remedy.
     """
 
-    role: str = "user"
-    prompt: str | None = ""
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    fps: float | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | tuple[float, ...] | None = None
-    negative_prompt: str | None = None
-    seed: int | None = None
-    sample_solver: str = "unipc"
-    save_dir: str | None = None
-    save_path: str | None = None
-    flexcache: str | None = None
-    flexcache_params: FlexCacheParams | Mapping[str, Any] | None = None
-    priority: int = 0
-    size: tuple[int, int] | None = None
-    frame_num: int | None = None
+    role: str
+    prompt: str | None
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    fps: float | None
+    num_inference_steps: int | None
+    guidance_scale: float | tuple[float, ...] | None
+    negative_prompt: str | None
+    seed: int | None
+    sample_solver: str
+    save_dir: str | None
+    save_path: str | None
+    flexcache: str | None
+    flexcache_params: FlexCacheParams | Mapping[str, Any] | None
+    priority: int
 
-    def __post_init__(self) -> None:
-        self._join_aliases()
+    def __init__(
+        self,
+        role: str = "user",
+        prompt: str | None = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | tuple[float, ...] | None = None,
+        negative_prompt: str | None = None,
+        seed: int | None = None,
+        sample_solver: str = "unipc",
+        save_dir: str | None = None,
+        save_path: str | None = None,
+        flexcache: str | None = None,
+        flexcache_params: FlexCacheParams | Mapping[str, Any] | None = None,
+        priority: int = 0,
+        size: tuple[int, int] | None = None,
+        frame_num: int | None = None,
+    ) -> None:
+        # by hand, as the aliases are no fields: `dataclasses.replace` would hand them on beside a change
+        given = locals()
+        for part in fields(self):
+            self._set(part.name, given[part.name])
+        self._join_aliases(size, frame_num)
         self._check_text()
         self._check_shape()
         self._check_sampling()
+        self._check_flexcache()
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(width, height); None unless both are said."""
+        return None if self.width is None or self.height is None else (self.width, self.height)
+
+    @property
+    def frame_num(self) -> int | None:
+        """`num_frames`."""
+        return self.num_frames
+
+    def _check_flexcache(self) -> None:
         if isinstance(self.flexcache_params, Mapping):
             legal = {part.name for part in fields(FlexCacheParams)}
             unknown = sorted(str(key) for key in set(self.flexcache_params) - legal)
@@ -157,27 +193,19 @@ class DiffusionUserParams:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _join_aliases(self) -> None:
-        """`size` and `frame_num` are other names of width, height and num_frames; afterwards they agree."""
-        if self.size is not None:
-            is_pair = isinstance(self.size, Sequence) and len(self.size) == 2
-            _require_legal(is_pair, "size", self.size, "must be (width, height)")
-            for name, value in zip(("width", "height"), self.size, strict=True):
-                self._join(name, value, "size")
-        if self.frame_num is not None:
-            self._join("num_frames", self.frame_num, "frame_num")
-        if self.width is not None and self.height is not None:
-            self._set("size", (self.width, self.height))
-        self._set("frame_num", self.num_frames)
+    def _join_aliases(self, size: object, frame_num: object) -> None:
+        if size is not None:
+            is_pair = isinstance(size, Sequence) and len(size) == 2
+            _require_legal(is_pair, "size", size, "must be (width, height)")
+            assert isinstance(size, Sequence)
+            for name, value in zip(("width", "height"), size, strict=True):
+                self._join(name, value, "size", size)
+        if frame_num is not None:
+            self._join("num_frames", frame_num, "frame_num", frame_num)
 
-    def _join(self, name: str, value: int, alias: str) -> None:
+    def _join(self, name: str, value: object, alias: str, said: object) -> None:
         given = getattr(self, name)
-        _require_legal(
-            given in (None, value),
-            alias,
-            getattr(self, alias),
-            f"contradicts {name}={given}; give one of them",
-        )
+        _require_legal(given in (None, value), alias, said, f"contradicts {name}={given}; give one of them")
         self._set(name, value)
 
     def _check_text(self) -> None:

@@ -158,3 +158,21 @@ def test_another_seed_makes_another_request():
     assert dataclasses.replace(params, seed=2) == DiffusionUserParams(
         prompt="a", size=(64, 32), frame_num=5, seed=2
     )
+
+
+def test_another_size_or_length_makes_another_request_whichever_name_the_first_was_given_by():
+    params = DiffusionUserParams(prompt="a", size=(64, 32), frame_num=5)
+    other = dataclasses.replace(params, width=128, num_frames=9)
+    assert other == DiffusionUserParams(prompt="a", width=128, height=32, num_frames=9)
+    assert (other.size, other.frame_num) == ((128, 32), 9)
+    assert dataclasses.replace(params, width=None, height=None).size is None
+    with pytest.raises(ValueError, match=r"size=\(16, 16\): contradicts width=64; give one of them"):
+        dataclasses.replace(params, size=(16, 16))
+
+
+def test_aliases_cannot_be_changed_and_come_back_from_the_fields():
+    params = DiffusionUserParams(size=(64, 32), frame_num=5)
+    for name in ("size", "frame_num"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(params, name, None)
+    assert DiffusionUserParams(**dataclasses.asdict(params)) == params
