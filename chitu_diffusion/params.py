@@ -63,6 +63,13 @@ class FlexCacheParams:
             _require_legal(_is_int(value) and value >= 0, key, value, "must be a whole number, 0 or more")
         self._check_extra()
 
+    def check_steps(self, steps: int) -> None:
+        """Raises ValueError where the steps that are always computed leave none of `steps`."""
+        forced = self.warmup + self.cooldown
+        if forced >= steps:
+            remedy = f"must be below num_inference_steps={steps}; lower them or take more steps"
+            raise ValueError(f"warmup + cooldown = {forced} {remedy}")
+
     def _check_extra(self) -> None:
         if self.extra is None:
             return
@@ -180,7 +187,9 @@ class DiffusionUserParams:
         asked = self.flexcache_params
         is_known = asked is None or isinstance(asked, FlexCacheParams)
         _require_legal(is_known, "flexcache_params", asked, "must be FlexCacheParams or a dict of its fields")
-        self.resolve_flexcache_params()  # an unknown name or a value out of range fails here
+        flexcache = self.resolve_flexcache_params()  # an unknown name or a value out of range fails here
+        if flexcache is not None and self.num_inference_steps is not None:
+            flexcache.check_steps(self.num_inference_steps)
 
     def resolve_flexcache_params(self) -> FlexCacheParams | None:
         """The reuse that is asked for, or None. `flexcache_params` wins over the name in `flexcache`."""

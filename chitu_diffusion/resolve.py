@@ -47,9 +47,8 @@ def resolve(params: DiffusionUserParams, model: ModelConfig) -> ResolvedParams:
     if steps > most:
         raise ValueError(f"num_inference_steps={steps}: must be at most {most}, the timesteps of training")
     flexcache = params.resolve_flexcache_params()
-    if flexcache is not None and flexcache.warmup + flexcache.cooldown >= steps:
-        forced = f"warmup + cooldown = {flexcache.warmup + flexcache.cooldown}"
-        raise ValueError(f"{forced} must be below num_inference_steps={steps}; lower them or take more steps")
+    if flexcache is not None:
+        flexcache.check_steps(steps)
     negative = params.negative_prompt
     return ResolvedParams(
         role=params.role,

@@ -541,8 +541,9 @@ def test_a_place_that_cannot_be_written_fails_before_anything_is_encoded(engine,
 def test_a_request_that_does_not_fit_is_refused_at_the_pool(engine):
     with pytest.raises(ValueError, match=r"guidance_scale=\(1, 2\): demo takes one value"):
         submit(engine, guidance_scale=(1, 2))
-    with pytest.raises(ValueError, match=r"warmup \+ cooldown = 10 must be below num_inference_steps=2"):
-        submit(engine, flexcache="teacache")
+    cache = {"strategy": "teacache", "warmup": 15}
+    with pytest.raises(ValueError, match=r"warmup \+ cooldown = 20 must be below num_inference_steps=20"):
+        submit(engine, flexcache_params=cache, num_inference_steps=None)
     with pytest.raises(ValueError, match=r"task_id='x' has no request"):
         engine.pool.add(DiffusionTask("x"))
     request = DiffusionUserRequest("y", DiffusionUserParams(), torch.zeros(3, 8, 8))

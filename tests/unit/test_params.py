@@ -176,3 +176,14 @@ def test_aliases_cannot_be_changed_and_come_back_from_the_fields():
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(params, name, None)
     assert DiffusionUserParams(**dataclasses.asdict(params)) == params
+
+
+def test_reuse_that_leaves_no_step_to_reuse_is_refused_where_the_steps_are_known():
+    message = r"warmup \+ cooldown = 10 must be below num_inference_steps=10; lower them or take more steps"
+    with pytest.raises(ValueError, match=message):
+        DiffusionUserParams(flexcache="pab", num_inference_steps=10)
+    with pytest.raises(ValueError, match=message):
+        DiffusionUserParams(flexcache_params={"strategy": "teacache"}, num_inference_steps=10)
+    assert DiffusionUserParams(flexcache="pab", num_inference_steps=11).flexcache == "pab"
+    assert DiffusionUserParams(flexcache="pab").num_inference_steps is None
+    assert DiffusionUserParams(flexcache="none", num_inference_steps=4).resolve_flexcache_params() is None

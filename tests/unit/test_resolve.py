@@ -94,9 +94,10 @@ def test_more_steps_than_the_model_has_timesteps_are_refused(small):
         resolve(DiffusionUserParams(num_inference_steps=1001), small)
 
 
-def test_reuse_that_leaves_no_step_to_reuse_is_refused(small):
-    with pytest.raises(ValueError, match=r"warmup \+ cooldown = 10 must be below num_inference_steps=10"):
-        resolve(DiffusionUserParams(flexcache="pab", num_inference_steps=10), small)
+def test_reuse_that_leaves_no_step_of_the_models_own_to_reuse_is_refused(small):
+    cache = FlexCacheParams("pab", warmup=30, cooldown=20)
+    with pytest.raises(ValueError, match=r"warmup \+ cooldown = 50 must be below num_inference_steps=50"):
+        resolve(DiffusionUserParams(flexcache_params=cache), small)
     assert resolve(
         DiffusionUserParams(flexcache="pab", num_inference_steps=11), small
     ).flexcache == FlexCacheParams("pab")
