@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chitu_core.config._fields import decimal, doc, require, switch, whole_number
 
@@ -180,6 +180,7 @@ class InferConfig:
     max_reqs: int = doc("tasks that may hold denoising state at once")
     schedule_policy: str = doc("which task runs next: fifo, priority, round_robin (by role)")
     dp_size: int = doc("data parallelism: copies of the mesh, each with tasks of its own")
+    enable_flexcache: bool | None = doc("other name of infer.diffusion.enable_flexcache, which null follows")
     diffusion: DiffusionConfig = doc("parallelism, memory and caching")
 
     def __post_init__(self) -> None:
@@ -212,6 +213,16 @@ class InferConfig:
         known = self.schedule_policy in SCHEDULE_POLICIES
         require(known, "infer.schedule_policy", self.schedule_policy, f"choose one of {policies}")
         require(self.dp_size >= 1, "infer.dp_size", self.dp_size, "must be at least 1")
+        self._join_flexcache()
+
+    def _join_flexcache(self) -> None:
+        """True under either name counts, as false is the default of one."""
+        alias, diffusion = self.enable_flexcache, self.diffusion
+        agrees = alias is not False or not diffusion.enable_flexcache
+        remedy = "contradicts infer.diffusion.enable_flexcache=true; give one of them"
+        require(agrees, "infer.enable_flexcache", "false", remedy)
+        if alias:
+            object.__setattr__(self, "diffusion", replace(diffusion, enable_flexcache=True))
 
     @property
     def warmup_sizes(self) -> tuple[VideoSize, ...]:

@@ -290,3 +290,13 @@ def test_a_seed_beyond_int64_is_refused(seed):
     with pytest.raises(ValueError, match=rf"infer\.seed={seed}: must lie between"):
         load(changed("infer.seed", seed))
     assert load(changed("infer.seed", 2**63 - 1)).infer.seed == 2**63 - 1
+
+
+def test_the_other_name_of_the_switch_for_reuse_counts_and_must_not_contradict():
+    assert not load(composed()).infer.diffusion.enable_flexcache
+    assert load(composed("infer.enable_flexcache=true")).infer.diffusion.enable_flexcache
+    assert not load(composed("infer.enable_flexcache=false")).infer.diffusion.enable_flexcache
+    both = composed("infer.enable_flexcache=true", "infer.diffusion.enable_flexcache=true")
+    assert load(both).infer.diffusion.enable_flexcache
+    with pytest.raises(ValueError, match=r"infer\.enable_flexcache=false: contradicts infer\.diffusion"):
+        load(composed("infer.enable_flexcache=false", "infer.diffusion.enable_flexcache=true"))
