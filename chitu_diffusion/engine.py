@@ -113,20 +113,20 @@ class Engine:
             cache_plan=cache_plan,
             gate=gate,
         )
-        self._warm_up(pipeline)
+        self._make_ready(pipeline)
         self.generator: Generator | None = generator
         self._is_amid_step = False
         self.state = BackendState.Initialized
-        self.ledger.adopt()
 
     @torch.inference_mode()
-    def _warm_up(self, pipeline: Pipeline) -> None:
-        """Run what `infer.warmup` lists; an engine that fails at it must not be used."""
+    def _make_ready(self, pipeline: Pipeline) -> None:
+        """Run what `infer.warmup` lists, take the pool over; an engine that fails at it must not be used."""
         with ExitStack() as undo:
             undo.callback(self.folder.end_log)
-            undo.callback(self.mesh.abandon, "failed to warm up")
+            undo.callback(self.mesh.abandon, "failed to start")
             with self.mesh.guard("warm-up"):
                 warm_up(pipeline, self.config.infer.warmup_sizes, self.device)
+            self.ledger.adopt()
             undo.pop_all()
 
     @property

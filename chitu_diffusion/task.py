@@ -67,11 +67,17 @@ _PHASE_NAMES = ("pending", "encoding", "denoising", "decoding", "finished", "fai
 
 @dataclass(frozen=True)
 class DiffusionUserRequest:
-    """A user's parameters under the id that logs and files know them by."""
+    """A user's parameters under the id that logs and files know them by; ValueError for anything else."""
 
     request_id: str
     params: DiffusionUserParams | None = None
     init_image: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.request_id, str) or not self.request_id:
+            raise ValueError(f"request_id={self.request_id!r}: must be text that is not empty")
+        if not isinstance(self.params, DiffusionUserParams | None):
+            raise ValueError(f"params={self.params!r}: must be DiffusionUserParams, or None")
 
     def get_role(self) -> str:
         """The user's label."""

@@ -784,3 +784,12 @@ def test_the_run_log_begins_with_the_model(tmp_path):
     assert "model demo on cpu" in log
     assert "checkpoint" in log
     assert "event=START stage=TextEncode" in log
+
+
+def test_an_engine_that_cannot_take_over_the_pool_stops_to_listen(tmp_path):
+    pool = TaskPool()
+    pool.add(DiffusionTask("x", req="no request"))
+    listening = list(logging.getLogger("chitu_diffusion").handlers)
+    with pytest.raises(AttributeError):
+        Engine(load(composed(tmp_path)), pool, Environment())
+    assert logging.getLogger("chitu_diffusion").handlers == listening

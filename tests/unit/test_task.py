@@ -231,3 +231,14 @@ def test_a_replica_shares_in_its_own_tasks_and_in_those_that_none_has_begun():
     assert pool.share(1).id_list == [tasks[index].task_id for index in (0, 2, 3)]
     assert pool.share(0).unfinished() == [tasks[0], tasks[1], tasks[3]]
     assert pool.share(0).get(tasks[2].task_id) is None
+
+
+@pytest.mark.parametrize("name", [5, None, "", b"mine"])
+def test_a_request_whose_id_is_no_text_is_refused(name):
+    with pytest.raises(ValueError, match=r"request_id=.*: must be text that is not empty"):
+        DiffusionUserRequest(name)
+
+
+def test_a_request_of_anything_but_parameters_is_refused():
+    with pytest.raises(ValueError, match=r"params=\{'prompt': 'a'\}: must be DiffusionUserParams, or None"):
+        DiffusionUserRequest("mine", {"prompt": "a"})
