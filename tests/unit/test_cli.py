@@ -1,7 +1,7 @@
 """The shell: what it makes of a command line, and that an error is a line that names the remedy."""
 
 import pytest
-from hydra import compose, initialize_config_module
+from engines import composed
 from omegaconf import OmegaConf
 
 from chitu_diffusion import cli
@@ -39,9 +39,7 @@ def test_a_request_that_does_not_fit_is_refused_before_anything_is_built(monkeyp
 @pytest.mark.parametrize("folder", ["a\\b", "p${q}", "it's", "a b, c", "null", "\\\\host\\share\\"])
 def test_hydra_reads_a_checkpoint_folder_as_it_was_written(folder):
     overrides = cli._prompts(parsed("a red circle", "--ckpt-dir", folder))[1]
-    with initialize_config_module("chitu_core.config", version_base=None):
-        args = compose("serve_config", overrides=overrides)
-    assert OmegaConf.to_container(args, resolve=True)["models"]["ckpt_dir"] == folder
+    assert OmegaConf.to_container(composed(*overrides), resolve=True)["models"]["ckpt_dir"] == folder
 
 
 def test_only_line_ends_part_the_prompts_of_a_file(tmp_path):

@@ -12,7 +12,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 from checkpoints import random_weights, write_diffusers
-from engines import SMALL, composed, latents_of, new_engine, run, submit
+from engines import SMALL, composed, configured, latents_of, new_engine, run, submit
 from torch import distributed as dist
 
 from chitu_core import attention
@@ -35,8 +35,8 @@ from chitu_diffusion import (
     generator,
     media,
 )
-from chitu_diffusion.engine import BackendState
-from chitu_diffusion.task import DiffusionTaskBuffer
+from chitu_diffusion.engine import BackendState, Engine
+from chitu_diffusion.task import DiffusionTaskBuffer, TaskPool
 
 Status, Stage = DiffusionTaskStatus, DiffusionTaskType
 
@@ -791,5 +791,5 @@ def test_an_engine_that_cannot_take_over_the_pool_stops_to_listen(tmp_path):
     pool.add(DiffusionTask("x", req="no request"))
     listening = list(logging.getLogger("chitu_diffusion").handlers)
     with pytest.raises(AttributeError):
-        Engine(load(composed(tmp_path)), pool, Environment())
+        Engine(configured("infer.op_impl=cpu", f"output.root_dir={tmp_path}"), pool, Environment())
     assert logging.getLogger("chitu_diffusion").handlers == listening
