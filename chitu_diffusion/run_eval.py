@@ -29,8 +29,6 @@ def evaluate_run(engine: Engine, environment: Environment) -> tuple[EvalRecord, 
     results = [task.result for task in engine.pool.pool.values() if task.result is not None]
     run_dir = engine.folder.path or environment.current_output_dir
     folders = Folders(copies=None if run_dir is None else run_dir / "eval")
-    if environment.rank == 0:
-        check_writable(folders.main, "--out")
     with open_channel(environment) as channel:
         team = Team(channel, environment.rank, environment.world_size)
         return evaluate(results, config, str(engine.device), folders, team)
@@ -69,8 +67,7 @@ def run(options: argparse.Namespace) -> int:
     op_impl = "cpu" if options.device == "cpu" else "torch"
     device = pick_device(op_impl, environment.local_rank, environment.local_world_size)
     folders = _folders(generated, options.out)
-    if environment.rank == 0:
-        check_writable(folders.main, "--out")
+    check_writable(folders.main, "--out")
     with open_channel(environment) as channel:
         team = Team(channel, environment.rank, environment.world_size)
         records = evaluate(generated, config, str(device), folders, team)

@@ -8,7 +8,7 @@ import pytest
 from clips import noise, write_clip
 
 from chitu_core.environment import Environment
-from chitu_diffusion import DiffusionBackend, chitu_run_eval
+from chitu_diffusion import DiffusionBackend, chitu_run_eval, run_eval
 from chitu_diffusion.cli import main
 from chitu_diffusion.eval._page import page
 from chitu_diffusion.eval._records import EvalRecord
@@ -64,6 +64,13 @@ def test_the_shell_prints_a_line_a_metric_and_writes_everything_to_out(folders, 
     assert names == ["psnr", "report.html", "ssim", "summary.json"]
     assert not (folders / "eval_out").exists()
     assert sorted(path.name for path in folders.iterdir()) == ["generated", "reference", "x"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_a_metric_runs(folders, capsys, monkeypatch):
+    (folders / "file").write_text("")
+    monkeypatch.setattr(run_eval, "evaluate", lambda *_: pytest.fail("a metric runs"))
+    assert main(["eval", "generated", "--reference", "reference", "--out", "file"]) == 1
+    assert "--out: cannot write into file" in capsys.readouterr().err
 
 
 def test_a_run_directory_gets_copies(folders):
