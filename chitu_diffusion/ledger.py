@@ -142,11 +142,13 @@ class Ledger:
             self.finish(task, status, message)
 
     def finish(self, task: DiffusionTask, status: DiffusionTaskStatus, message: str | None) -> None:
-        """End a task and free what it holds, but for its step count and, if it is complete, its video's path.
+        """End a task and free what it holds, but for its step count; if it is complete, path and result stay.
 
-        A task whose record could not be written has failed, though its video is there.
+        A task whose record could not be written, or that another rank could not end, has failed though its
+        video is there.
         """
         is_complete = status == DiffusionTaskStatus.Completed
+        task.result = task.result if is_complete else None
         task.status = status
         task.error_message = message
         task.finished_at = time.time()

@@ -793,3 +793,10 @@ def test_an_engine_that_cannot_take_over_the_pool_stops_to_listen(tmp_path):
     with pytest.raises(AttributeError):
         Engine(configured("infer.op_impl=cpu", f"output.root_dir={tmp_path}"), pool, Environment())
     assert logging.getLogger("chitu_diffusion").handlers == listening
+
+
+def test_a_task_that_another_rank_could_not_end_has_no_result(engine):
+    task = submit(engine)
+    task.result, task.buffer.save_path = "the leader's record", "video.mp4"
+    engine.ledger.finish(task, Status.Failed, "rank 1: out of memory")
+    assert (task.result, task.buffer.save_path) == (None, None)
