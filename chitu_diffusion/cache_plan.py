@@ -1,6 +1,7 @@
 """Which reuse a request gets: its settings completed for the model, its memory, the strategy of its task."""
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -67,16 +68,14 @@ class CachePlan:
         asked = params.flexcache
         if asked is None or params.knobs is None:
             return 0
-        shape = self._spec.latent_shape(params.num_frames, params.height, params.width)
-        length = -(-self._spec.seq_len(shape) // self._degrees.cp)
+        shape = self._latent_shape(params)
+        _, length = self._tokens(shape)
         both = self._degrees.cfg == 1 and any(map(needs_cfg, params.guidance_scale))
-        values, elements = length * self._dit.dim, 1
-        for side in shape:
-            elements *= side
+        values = length * self._dit.dim
         sizes = Sizes(
             feature=values * self._dtype.itemsize,
             stream=values * _FP32,
-            latent=elements * _FP32,
+            latent=prod(shape) * _FP32,
             num_layers=self._dit.num_layers,
             branches=2 if both else 1,
             heads=self._dit.num_heads,
@@ -119,13 +118,19 @@ class CachePlan:
         if asked is None or params.knobs is None:
             return None
         steps = steps_of(sampler, self._spec)
-        shape = self._spec.latent_shape(params.num_frames, params.height, params.width)
-        total = self._spec.seq_len(shape)
-        length = -(-total // self._degrees.cp)
+        total, length = self._tokens(self._latent_shape(params))
         own = min(max(total - cp_index * length, 0), length)
         ends = asked.warmup, asked.cooldown
         course = Course(self._model, steps, *ends, params.sample_shift, own, self._dtype)
         return _strategy(asked)(course, params.knobs, services)
+
+    def _latent_shape(self, params: ResolvedParams) -> tuple[int, int, int, int]:
+        return self._spec.latent_shape(params.num_frames, params.height, params.width)
+
+    def _tokens(self, shape: tuple[int, int, int, int]) -> tuple[int, int]:
+        """Tokens of a latent, and those that each rank has a place for."""
+        total = self._spec.seq_len(shape)
+        return total, -(-total // self._degrees.cp)
 
 
 def steps_of(sampler: FlowSampler, spec: ModelSpec) -> tuple[Step, ...]:

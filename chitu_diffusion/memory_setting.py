@@ -15,7 +15,8 @@ from chitu_core.distributed.degrees import Degrees
 from chitu_core.ops.fp8 import LOWEST_CAPABILITY
 from chitu_diffusion.footprint import Block, Weights, dit_weights, umt5_weights
 from chitu_diffusion.guidance import BOTH, needs_cfg
-from chitu_diffusion.survey import DTYPES, Sizes, pick_vae_chunk
+from chitu_diffusion.spec import count_tokens, latent_size
+from chitu_diffusion.survey import DTYPES, Sizes, pick_text_dtype, pick_vae_chunk
 from chitu_diffusion.vaes.wan import WanVAE
 
 LEVELS = range(5)
@@ -87,8 +88,8 @@ class Setting:
 
     @property
     def text_dtype(self) -> torch.dtype:
-        """Of the text encoder, which overflows in float16."""
-        return torch.bfloat16 if self.dtype == torch.float16 else self.dtype
+        """Of the text encoder."""
+        return pick_text_dtype(self.dtype)
 
     @property
     def own_branches(self) -> int:
@@ -118,14 +119,11 @@ class Setting:
 
     def latent(self, video: VideoSize) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a video."""
-        period, step_h, step_w = self.sizes.vae.stride
-        return (video.num_frames - 1) // period + 1, video.height // step_h, video.width // step_w
+        return latent_size(self.sizes.vae.stride, video.num_frames, video.height, video.width)
 
     def tokens(self, video: VideoSize) -> int:
         """Tokens of a video, those of all ranks together."""
-        frames, rows, columns = self.latent(video)
-        patch_t, patch_h, patch_w = self.sizes.dit.patch_size
-        return (frames // patch_t) * (rows // patch_h) * (columns // patch_w)
+        return count_tokens(self.sizes.dit.patch_size, self.latent(video))
 
     def stored(self, block: Block) -> int:
         """Host bytes of a streamed block of the transformer."""

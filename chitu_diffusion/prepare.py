@@ -29,7 +29,7 @@ from chitu_diffusion.quantisation import quantise_layers
 from chitu_diffusion.residency import Residency
 from chitu_diffusion.resolve import ResolvedParams
 from chitu_diffusion.spec import ModelSpec
-from chitu_diffusion.survey import DTYPES, Survey, dtype_name, pick_vae_chunk, spec_of
+from chitu_diffusion.survey import DTYPES, Survey, dtype_name, pick_text_dtype, pick_vae_chunk, spec_of
 from chitu_diffusion.vaes._strips import Line, Strips
 from chitu_diffusion.vaes._tile_plan import TilePlan, plan_tiles
 from chitu_diffusion.vaes._tiles import decode_tiled
@@ -115,14 +115,12 @@ def build_pipeline(
     tokenizer = PromptTokenizer(found.tokenizer_dir, sizes.text_len, sizes.encoder.vocab_size)
     tokens = mesh.tokens()
     attention = attention.spread(mesh, tokens, _attention_timer(config.infer, timer))
-    # NOTE T5 overflows in fp16, so bf16 stands in there
-    text_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     vae_dtype = _vae_dtype(config.infer.vae_dtype)
     with torch.device("meta"):
         encoder, vae = UMT5Encoder(sizes.encoder), WanVAE(sizes.vae)
         experts = {name: WanDiT(size) for name, size in sizes.experts.items()}
     placing = _placing(config.infer.diffusion, found, device)
-    text_guest = placing.encoder(encoder, text_dtype)
+    text_guest = placing.encoder(encoder, pick_text_dtype(dtype))
     fill(vae, "vae", lambda _: vae_dtype, weights.whole, weights.ON_DEVICE)
     if device.type == "cuda" and not HAS_TRITON:
         remedy = "pip install triton, which comes with torch on Linux"
@@ -163,10 +161,12 @@ def build_pipeline(
 
 def _attention_timer(config: InferConfig, timer: Timer) -> Timer | None:
     """A graph has no place for marks."""
-    if timer.is_enabled() and config.compile == "on":
+    if not timer.is_enabled():
+        return None
+    if config.compile == "on":
         logger.warning("output.enable_timer_dump: under infer.compile=on attention is not timed by itself")
         return None
-    return timer if timer.is_enabled() else None
+    return timer
 
 
 def _tiling(config: InferConfig, mesh: ParallelMesh) -> tuple[int, int] | None:

@@ -79,6 +79,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def pick_text_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the text encoder by that of matrix products: T5 overflows in float16, not in bfloat16."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
 def pick_vae_chunk(chunk: int | str, device_type: str, dtype: torch.dtype) -> int:
     """Latent frames that the VAE decodes at once; `auto` is 2 in bfloat16 on a GPU, else 1.
 

@@ -58,6 +58,14 @@ def run(engine: Engine) -> None:
     raise AssertionError("tasks did not end within 300 steps")
 
 
+def clear(engine: Engine) -> None:
+    """Call off what has not ended, and forget all tasks."""
+    for task in engine.pool.unfinished():
+        engine.pool.cancel(task.task_id)
+    engine.step()
+    engine.pool.reset()
+
+
 def latents_of(engine: Engine, *tasks: DiffusionTask) -> list[Tensor]:
     """The last latents of tasks that are run together to their decoding, which is then called off."""
     found: dict[str, Tensor] = {}

@@ -1,27 +1,15 @@
 """The shell's options of a cache strategy: what they turn on, and what they refuse beforehand."""
 
 import json
-import logging
 
 import pytest
 
 from chitu_diffusion import cli
 from chitu_diffusion.params import FlexCacheParams
 
+pytestmark = pytest.mark.usefixtures("own_loggers")
+
 FEW = ["--size", "32x32", "--frames", "5", "--steps", "6", "--seed", "1", "infer.op_impl=cpu"]
-
-
-@pytest.fixture(autouse=True)
-def own_loggers(monkeypatch):
-    """The shell gives the packages' loggers a handler, which must not outlive a test."""
-    loggers = [logging.getLogger(name) for name in ("chitu_core", "chitu_diffusion")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        monkeypatch.setattr(logger, "propagate", logger.propagate)
-        monkeypatch.setattr(logger, "handlers", [])
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
 
 
 def parsed(*words):

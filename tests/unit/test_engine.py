@@ -12,7 +12,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 from checkpoints import random_weights, write_diffusers
-from engines import SMALL, composed, configured, latents_of, new_engine, run, submit
+from engines import SMALL, clear, composed, configured, latents_of, new_engine, run, submit
 from torch import distributed as dist
 
 from chitu_core import attention
@@ -58,27 +58,17 @@ def built(tmp_path_factory):
 @pytest.fixture
 def engine(built):
     yield built
-    for task in built.pool.unfinished():
-        built.pool.cancel(task.task_id)
-    built.step()
-    built.pool.reset()
+    clear(built)
 
 
 @pytest.fixture
-def facade(tmp_path, monkeypatch):
+def facade(tmp_path, monkeypatch, own_loggers):
     """The arguments of `chitu_init`; the process's engine, pool and loggers are as before afterwards."""
-    loggers = [logging.getLogger(name) for name in ("chitu_core", "chitu_diffusion")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        monkeypatch.setattr(logger, "propagate", logger.propagate)
-        monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(DiffusionBackend, "engine", None)
     DiffusionTaskPool.reset()
     yield composed("infer.op_impl=cpu", f"output.root_dir={tmp_path / 'outputs'}")
     chitu_terminate()
     DiffusionTaskPool.reset()
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
 
 
 def count_calls(monkeypatch, engine):

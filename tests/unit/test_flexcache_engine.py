@@ -9,7 +9,7 @@ import engines
 import pytest
 import torch
 from checkpoints import random_weights, write_diffusers
-from engines import new_engine, run
+from engines import clear, new_engine, run
 
 from chitu_diffusion import DiffusionTaskStatus as Status
 
@@ -28,10 +28,7 @@ def built(tmp_path_factory):
 @pytest.fixture
 def engine(built):
     yield built
-    for task in built.pool.unfinished():
-        built.pool.cancel(task.task_id)
-    built.step()
-    built.pool.reset()
+    clear(built)
 
 
 def submit(engine, reuse=None, **changes):

@@ -9,24 +9,13 @@ from chitu_core import logging as chitu_logging
 from chitu_core.environment import Environment
 from chitu_diffusion.stage_log import StageLog
 
+pytestmark = pytest.mark.usefixtures("own_loggers")
+
 LOGGER = logging.getLogger("chitu_diffusion.somewhere")
 
 
-@pytest.fixture(autouse=True)
-def loggers(monkeypatch):
-    """Both packages' loggers without handlers; they are as before afterwards."""
-    loggers = [logging.getLogger(name) for name in chitu_logging.PACKAGES]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        monkeypatch.setattr(logger, "propagate", logger.propagate)
-        monkeypatch.setattr(logger, "handlers", [])
-    yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-
-
 @pytest.fixture
-def run_log(loggers, tmp_path):
+def run_log(own_loggers, tmp_path):
     """Opens the log of a run and gives what reads it."""
     log = chitu_logging.RunLog()
 
