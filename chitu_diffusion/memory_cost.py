@@ -7,7 +7,7 @@ good for comparing levels.
 from dataclasses import dataclass
 
 from chitu_core.config import VideoSize
-from chitu_diffusion.bench._floor import decode_flops, umt5_flops
+from chitu_diffusion.flops import decode_flops, umt5_flops
 from chitu_diffusion.memory_setting import DIT_ON_HOST, STREAMED, TEXT_ON_HOST, Setting
 
 

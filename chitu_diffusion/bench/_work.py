@@ -19,9 +19,10 @@ from torch import Tensor
 from chitu_core import memory
 from chitu_core.memory import MemoryPeak
 from chitu_core.timing import Span
-from chitu_diffusion.bench._floor import decode_flops, dit_work, encode_flops, umt5_flops
+from chitu_diffusion.bench._floor import dit_work
 from chitu_diffusion.bench._setup import Subject, Video, build_engine, config_of, subject_of, video_of
 from chitu_diffusion.encoders.tokenizer import END_ID, TokenizedPrompt
+from chitu_diffusion.flops import decode_flops, encode_flops, umt5_flops
 from chitu_diffusion.prepare import Pipeline
 from chitu_diffusion.sequence import NO_SHARD
 from chitu_diffusion.vaes.wan import WanVAE

@@ -11,7 +11,8 @@ import torch
 from hydra.errors import HydraException
 from torch.utils.flop_counter import FlopCounterMode
 
-from chitu_diffusion.bench import _floor, _work, compare, profile, vae
+from chitu_diffusion import flops
+from chitu_diffusion.bench import _work, compare, profile, vae
 from chitu_diffusion.bench._floor import CEILINGS, Ceiling, dit_floor, dit_work
 from chitu_diffusion.bench._setup import compose_config
 from chitu_diffusion.cli import main
@@ -127,8 +128,8 @@ def test_operations_of_the_transformer_are_the_published_ones(size, tokens, tflo
 
 
 def test_operations_of_the_decoder_are_the_published_ones():
-    assert _floor.decoder_flops(wan21(96), 21, 60, 104) / 1e12 == pytest.approx(284, rel=0.01)
-    assert _floor.decoder_flops(wan21(96), 21, 90, 160) / 1e12 == pytest.approx(660, rel=0.01)
+    assert flops.decoder_flops(wan21(96), 21, 60, 104) / 1e12 == pytest.approx(284, rel=0.01)
+    assert flops.decoder_flops(wan21(96), 21, 90, 160) / 1e12 == pytest.approx(660, rel=0.01)
 
 
 def test_operations_of_vae_and_t5_are_those_that_torch_counts():
@@ -143,14 +144,14 @@ def test_operations_of_vae_and_t5_are_those_that_torch_counts():
     as_done = sum(2 * 4 * dim * 2 * dim * frames * (h + 1) * (w + 1) for dim, frames, h, w in folded)
     weights = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]  # folding them, once a pass
     counted = counter.get_total_flops() - weights + attention - as_done + as_stated
-    assert _floor.decode_flops(network.config, 3, 4, 6) == counted
+    assert flops.decode_flops(network.config, 3, 4, 6) == counted
     with FlopCounterMode(display=False) as counter:
         network.encode(video)
-    assert _floor.encode_flops(network.config, 3, 4, 6) == counter.get_total_flops() + attention
+    assert flops.encode_flops(network.config, 3, 4, 6) == counter.get_total_flops() + attention
     size = UMT5Config(50, 32, 48, 4, 64, 2)
     with FlopCounterMode(display=False) as counter:
         UMT5Encoder(size)(torch.randint(0, 50, (1, 20)))
-    assert _floor.umt5_flops(size, 20) == counter.get_total_flops()
+    assert flops.umt5_flops(size, 20) == counter.get_total_flops()
 
 
 def test_vae_reports_both_directions(tmp_path):

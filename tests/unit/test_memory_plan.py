@@ -26,9 +26,9 @@ from chitu_core.distributed.degrees import Degrees
 from chitu_core.memory import GIB
 from chitu_core.ops import conv, fp8, rows
 from chitu_diffusion import footprint
-from chitu_diffusion.bench._floor import decode_flops
 from chitu_diffusion.cli import main
 from chitu_diffusion.encoders.umt5 import UMT5Config, UMT5Encoder
+from chitu_diffusion.flops import decode_flops
 from chitu_diffusion.memory_choice import MARGIN_BYTES, Limits, Need, check_request, choose_level
 from chitu_diffusion.memory_cost import Rates
 from chitu_diffusion.memory_plan import plan_memory
